@@ -1,0 +1,64 @@
+# make demo | test | bench | lint | wheel | clean
+#
+# Needs python3 (3.10 to 3.13), git and a package index; each target makes .venv first if need be.
+# A C++ compiler and nvcc are used where they are found; what is missing is said, and survived.
+#
+#   make demo ARGS="--help"              arguments for `fastrlhf demo`
+#   make test TEST_ARGS="-k gae -x"      arguments for pytest; WORKERS=4 for pytest-xdist
+#   make bench ARGS="-k gae"             arguments for the benchmarks
+#   make PYTHON=python3.12 test          another Python for .venv
+
+PYTHON ?= python3
+WORKERS ?= 0
+ARGS ?=
+TEST_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILT := .venv/.built
+INSTALLED := .venv/.installed
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.py)
+SAY_PARTS := import json; \
+  parts = json.load(open("kernels/fastrlhf_kernels/_build_info.json")); \
+  [print(f"fastrlhf: {name} part:", "built" if part["built"] else "NOT built: " + part["reason"]) \
+   for name, part in parts.items()]
+
+.PHONY: demo test bench lint wheel clean
+
+demo: $(BUILT)
+	$(BIN)/fastrlhf demo $(ARGS)
+
+test: $(BUILT)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(TEST_ARGS)
+
+bench: $(BUILT)
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# A wheel with the CPU core, for machines of this platform that have no compiler.
+wheel: $(INSTALLED)
+	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+clean:
+	rm -rf build dist *.egg-info kernels/fastrlhf_kernels/*.so \
+	  kernels/fastrlhf_kernels/_build_info.json $(BUILT)
+
+# torch goes first: it is the long download, and what follows then agrees with it.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt setuptools wheel pybind11 ninja
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test]"
+	touch $@ $(BUILT)
+	@$(BIN)/python -c '$(SAY_PARTS)'
+
+# The extensions again, after a change to their sources alone.
+$(BUILT): $(INSTALLED) $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+	@$(BIN)/python -c '$(SAY_PARTS)'
