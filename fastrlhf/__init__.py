@@ -1,0 +1,1 @@
+"""fastrlhf: reinforcement learning from human feedback, as in InstructGPT."""
