@@ -1,0 +1,42 @@
+"""The `compare` fixture, and what the results say of the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from common import measure, table
+
+import fastrlhf_kernels
+from fastrlhf_kernels import _native
+
+
+@pytest.fixture
+def compare(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """`common.measure`, with the table printed and the rows put into pytest-benchmark's record."""
+
+    def run(op: str, variants: dict[str, Callable[[], Any]], **settings: Any) -> None:
+        rows = measure(op, variants, **settings)
+        benchmark.extra_info["rows"] = [dataclasses.asdict(row) for row in rows]
+        with capsys.disabled():
+            print("\n" + table(rows))
+        # pytest-benchmark's own figure is the first variant's, in one short series of rounds.
+        first = next(iter(variants.values()))
+        synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        benchmark.pedantic(lambda: (first(), synchronise()), rounds=5, warmup_rounds=1)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["torch"] = torch.__version__
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["backends"] = list(fastrlhf_kernels.available_backends())
+    if _native.cpu is not None:
+        machine_info["isa"] = _native.cpu.isa()
+    if torch.cuda.is_available():
+        machine_info["gpu"] = torch.cuda.get_device_name()
+        machine_info["cuda"] = torch.version.cuda

@@ -1,0 +1,91 @@
+// Generalised advantage estimation on the CPU: a backward loop a row, rows in parallel.
+//
+// rewards, values (B, T) -> adv, ret = adv + values, all of one type, f32 or f64, contiguous along
+// T; mask and value_mask are bytes or absent (mask: every step is valid; value_mask: as mask).
+// Strides are between rows, in elements. adv is 0 outside mask, ret outside value_mask. The
+// recursion is in gae_body.h.
+#include "op.h"
+
+FASTRLHF_OP(gae, "Advantages and returns of padded rows; mode 0: skip, 1: decay.",
+            const void* rewards, const void* values, const uint8_t* mask, const uint8_t* value_mask,
+            void* adv, void* ret, int64_t B, int64_t T, int64_t rewards_stride,
+            int64_t values_stride, int64_t mask_stride, int64_t value_mask_stride,
+            int64_t adv_stride, int64_t ret_stride, double gamma, double lam, int mode, int dtype,
+            int nthreads)
+FASTRLHF_OP(gae_varlen, "Advantages and returns of N packed sequences; cu_seqlens: N + 1 offsets.",
+            const void* rewards, const void* values, const int64_t* cu_seqlens, void* adv,
+            void* ret, int64_t N, double gamma, double lam, int dtype, int nthreads)
+
+#ifdef FASTRLHF_ISA
+#include "gae_body.h"
+#include "pool.h"
+
+namespace fastrlhf::FASTRLHF_ISA {
+namespace {
+
+constexpr int64_t GRAIN_STEPS = 4096;  // steps worth waking a thread for; some 15 us
+
+template <class A>
+void gae_row(const A* rewards, const A* values, const uint8_t* mask, const uint8_t* value_mask,
+             A* adv, A* ret, int64_t T, A gamma, A gamma_lam, int mode) {
+  A next_adv = 0, next_value = 0;
+  for (int64_t t = T - 1; t >= 0; --t) {
+    const bool valid = mask == nullptr || mask[t] != 0;
+    const bool has_value = value_mask == nullptr ? valid : value_mask[t] != 0;
+    const GaeStep<A> step(rewards[t], values[t], valid, has_value, mode);
+    if (step.runs) {
+      next_adv = gae_delta(step.reward, step.value, next_value, gamma) + gamma_lam * next_adv;
+      next_value = step.value;
+    }
+    adv[t] = valid ? next_adv : A(0);
+    ret[t] = has_value ? next_adv + step.value : A(0);
+  }
+}
+
+}  // namespace
+
+FASTRLHF_KERNEL(gae)(const void* rewards, const void* values, const uint8_t* mask,
+                     const uint8_t* value_mask, void* adv, void* ret, int64_t B, int64_t T,
+                     int64_t rewards_stride, int64_t values_stride, int64_t mask_stride,
+                     int64_t value_mask_stride, int64_t adv_stride, int64_t ret_stride,
+                     double gamma, double lam, int mode, int dtype, int nthreads) {
+  if (mode != GAE_SKIP && mode != GAE_DECAY) return "mode must be 0 (skip) or 1 (decay)";
+  return with_float_dtype(dtype, [&](auto zero) -> const char* {
+    using A = decltype(zero);
+    const int64_t grain = GRAIN_STEPS / max_of<int64_t>(T, 1) + 1;
+    parallel_for(B, grain, nthreads, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        gae_row(static_cast<const A*>(rewards) + b * rewards_stride,
+                static_cast<const A*>(values) + b * values_stride,
+                mask == nullptr ? nullptr : mask + b * mask_stride,
+                value_mask == nullptr ? nullptr : value_mask + b * value_mask_stride,
+                static_cast<A*>(adv) + b * adv_stride, static_cast<A*>(ret) + b * ret_stride, T,
+                static_cast<A>(gamma), static_cast<A>(gamma * lam), mode);
+      }
+    });
+    return nullptr;
+  });
+}
+
+FASTRLHF_KERNEL(gae_varlen)(const void* rewards, const void* values, const int64_t* cu_seqlens,
+                            void* adv, void* ret, int64_t N, double gamma, double lam, int dtype,
+                            int nthreads) {
+  return with_float_dtype(dtype, [&](auto zero) -> const char* {
+    using A = decltype(zero);
+    const int64_t total = N > 0 ? cu_seqlens[N] - cu_seqlens[0] : 0;
+    const int64_t grain = GRAIN_STEPS / max_of<int64_t>(total / max_of<int64_t>(N, 1), 1) + 1;
+    parallel_for(N, grain, nthreads, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t first = cu_seqlens[s];
+        gae_row<A>(static_cast<const A*>(rewards) + first, static_cast<const A*>(values) + first,
+                   nullptr, nullptr, static_cast<A*>(adv) + first, static_cast<A*>(ret) + first,
+                   cu_seqlens[s + 1] - first, static_cast<A>(gamma), static_cast<A>(gamma * lam),
+                   GAE_SKIP);
+      }
+    });
+    return nullptr;
+  });
+}
+
+}  // namespace fastrlhf::FASTRLHF_ISA
+#endif

@@ -1,0 +1,83 @@
+// Entries for tests/test_build.py alone: the vector functions and conversions over plain arrays.
+#include "op.h"
+
+FASTRLHF_OP(test_math, "y[i] = f(x[i]) over floats; function 0: exp2, 1: exp, 2: log",
+            const float* x, float* y, int64_t n, int function)
+FASTRLHF_OP(test_convert, "y[i] = float(h[i] = T(x[i]))",
+            const float* x, void* h, float* y, int64_t n, int dtype)
+FASTRLHF_OP(test_reduce, "y[0] = sum, y[1] = max of x, in fp32 for f32, bf16, f16",
+            const void* x, double* y, int64_t n, int dtype)
+FASTRLHF_OP(test_parallel, "y[i] += i + 1 by parallel_for, each row calling it again inside",
+            int64_t* y, int64_t n, int64_t grain, int nthreads)
+
+#ifdef FASTRLHF_ISA
+#include "pool.h"
+#include "vec.h"
+
+namespace fastrlhf::FASTRLHF_ISA {
+
+FASTRLHF_KERNEL(test_math)(const float* x, float* y, int64_t n, int function) {
+  const auto f = [&](vf v) { return function == 0 ? vexp2(v) : function == 1 ? vexp(v) : vlog(v); };
+  int64_t i = 0;
+  for (; i + lanes<vf> <= n; i += lanes<vf>) store(y + i, f(load(x + i)));
+  if (i < n) store_n(y + i, f(load_n(x + i, n - i, 1.0f)), n - i);
+  return nullptr;
+}
+
+FASTRLHF_KERNEL(test_convert)(const float* x, void* h, float* y, int64_t n, int dtype) {
+  return with_dtype(dtype, [&](auto zero) -> const char* {
+    using T = decltype(zero);
+    T* t = static_cast<T*>(h);
+    for (int64_t i = 0; i < n; ++i) put(t + i, static_cast<acc_t<T>>(x[i]));
+    if constexpr (sizeof(T) <= 4) {
+      constexpr int W = lanes<vf>;
+      int64_t i = 0;
+      for (; i + W <= n; i += W) {
+        store(t + i, load(x + i));
+        store(y + i, load(t + i));
+      }
+      if (i < n) {
+        store_n(t + i, load_n(x + i, n - i, 0.0f), n - i);
+        store_n(y + i, load_n(t + i, n - i, 0.0f), n - i);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) y[i] = static_cast<float>(to_acc(t[i]));
+    }
+    return nullptr;
+  });
+}
+
+FASTRLHF_KERNEL(test_reduce)(const void* x, double* y, int64_t n, int dtype) {
+  return with_dtype(dtype, [&](auto zero) -> const char* {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    using V = vec_t<A>;
+    const T* t = static_cast<const T*>(x);
+    V sum{}, max = splat<V>(-static_cast<A>(__builtin_inf()));
+    int64_t i = 0;
+    for (; i + lanes<V> <= n; i += lanes<V>) {
+      const V v = load(t + i);
+      sum += v;
+      max = vmax(v, max);
+    }
+    if (i < n) {
+      sum += load_n(t + i, n - i, A{0});
+      max = vmax(load_n(t + i, n - i, -static_cast<A>(__builtin_inf())), max);
+    }
+    y[0] = hsum(sum);
+    y[1] = hmax(max);
+    return nullptr;
+  });
+}
+
+FASTRLHF_KERNEL(test_parallel)(int64_t* y, int64_t n, int64_t grain, int nthreads) {
+  parallel_for(n, grain, nthreads, [&](int64_t begin, int64_t end) {
+    parallel_for(end - begin, grain, nthreads, [&](int64_t inner_begin, int64_t inner_end) {
+      for (int64_t i = begin + inner_begin; i < begin + inner_end; ++i) y[i] += i + 1;
+    });
+  });
+  return nullptr;
+}
+
+}  // namespace fastrlhf::FASTRLHF_ISA
+#endif

@@ -1,0 +1,39 @@
+"""fastrlhf_kernels: the numerical core of RLHF, one function an op.
+
+Every op computes in fp32 (fp64 for fp64 input), takes `backend=` (ref, cpu, triton, cuda), works
+under torch.compile(fullgraph=True) and gives the same bits run after run. An op's module opens with
+its mathematics; `<op>_ref` in it is the specification in plain PyTorch.
+"""
+
+from ._backends import BackendUnavailable, available_backends, use_backend
+from .gae import gae
+from .gae_varlen import gae_varlen
+from .kl_penalty import kl_penalty
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_logprobs import linear_logprobs
+from .logprobs_from_logits import logprobs_from_logits
+from .policy_loss import policy_loss
+from .ranking_loss import ranking_loss
+from .sample import SampleOutput, sample
+from .shape_rewards import shape_rewards
+from .value_loss import value_loss
+from .whiten import whiten
+
+__all__ = [
+    "BackendUnavailable",
+    "SampleOutput",
+    "available_backends",
+    "gae",
+    "gae_varlen",
+    "kl_penalty",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "logprobs_from_logits",
+    "policy_loss",
+    "ranking_loss",
+    "sample",
+    "shape_rewards",
+    "use_backend",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,127 @@
+"""Compiles Triton kernels ahead of time, for GPUs that this machine need not have.
+
+    python -m fastrlhf_kernels._aot gae kl_penalty    # all ops where none is named
+
+prints a JSON line for every configuration in the modules' `AOT_CONFIGS` and every target: registers
+a thread, bytes spilled, bytes of shared memory, and the target's limit. TRITON_INTERPRET must not
+be set: in the interpreter there is nothing to compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ._triton import AotConfig
+
+# Target -> (backend, architecture, warp size, shared memory a block may have, in bytes).
+TARGETS: dict[str, tuple[str, int | str, int, int]] = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs on a target; None where the target's tools do not say."""
+
+    op: str
+    config: str
+    target: str
+    registers: int | None
+    spilled_bytes: int | None
+    shared_bytes: int
+    shared_limit: int
+
+
+def compile_config(op: str, config: AotConfig, target: str) -> Compiled:
+    """Compiles down to machine code; raises what the compiler raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, arch, warp_size, shared_limit = TARGETS[target]
+    names = config.kernel.arg_names
+    signature = {n: config.signature.get(n, "constexpr") for n in names}
+    unknown = (set(config.signature) | set(config.constants)) - set(names)
+    absent = [n for n in names if n not in config.signature and n not in config.constants]
+    if unknown or absent:
+        raise ValueError(f"{config.name}: unknown arguments {sorted(unknown)}, missing {absent}")
+    attrs = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(config.kernel, signature, dict(config.constants), attrs),
+        target=GPUTarget(backend, arch, warp_size),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    measure = _nvidia_usage if backend == "cuda" else _amd_usage
+    registers, spilled = measure(compiled.asm)
+    return Compiled(
+        op, config.name, target, registers, spilled, int(compiled.metadata.shared), shared_limit
+    )
+
+
+def _nvidia_usage(asm: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Registers and spilled bytes, from the report of Triton's own ptxas."""
+    import triton.backends.nvidia as nvidia
+
+    ptx = asm["ptx"]
+    arch = re.search(r"\.target (sm_\w+)", ptx)
+    assert arch is not None, "PTX without a target"
+    bin_dir = pathlib.Path(nvidia.__file__).parent / "bin"
+    blackwell = arch[1].startswith(("sm_10", "sm_12"))
+    ptxas = bin_dir / ("ptxas-blackwell" if blackwell else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"--gpu-name={arch[1]}", str(source), "-o", f"{folder}/out"]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return (
+        int(registers[1]) if registers else None,
+        int(spills[1]) + int(spills[2]) if spills else None,
+    )
+
+
+def _amd_usage(asm: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Vector registers, and bytes of scratch memory a thread, from the assembly's metadata."""
+    text = asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    scratch = re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)
+    return int(registers[1]) if registers else None, int(scratch[1]) if scratch else None
+
+
+def ops() -> list[str]:
+    """The op modules: every module of the package without an underscore."""
+    folder = pathlib.Path(__file__).parent
+    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def compile_op(op: str) -> Iterator[Compiled]:
+    """Every configuration of an op for every target."""
+    module = importlib.import_module(f"{__package__}.{op}")
+    for config in getattr(module, "AOT_CONFIGS", ()):
+        for target in TARGETS:
+            yield compile_config(op, config, target)
+
+
+def main() -> None:
+    for op in sys.argv[1:] or ops():
+        for compiled in compile_op(op):
+            print(json.dumps(dataclasses.asdict(compiled)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

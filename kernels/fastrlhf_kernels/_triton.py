@@ -1,0 +1,181 @@
+"""Triton, imported once, and the small device functions that the kernels share.
+
+An op file takes `jit` and `tl` from here, so that it can be imported where Triton is not installed:
+`jit` then leaves a function as it is, and nobody calls it, since `choose` refuses the backend.
+Write `from __future__ import annotations` and no default arguments in kernels, so that `tl` is not
+needed at import.
+
+The device functions run compiled and in the interpreter, in fp32. Triton's libdevice has no place
+in the interpreter, and `tl.math` has neither expm1 nor log1p nor tanh; hence these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _env
+
+__all__ = [
+    "LOG2E",
+    "AotConfig",
+    "exp",
+    "exp2_scaled",
+    "expm1",
+    "jit",
+    "log1p",
+    "missing",
+    "on_device",
+    "philox_uniforms",
+    "softplus",
+    "tanh",
+    "tl",
+]
+
+missing: str | None  # why the backend `triton` cannot run here; None if it can
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    triton = None
+    tl = None
+    missing = f"triton is not installed ({error}); run `pip install triton`"
+else:
+    missing = (
+        None
+        if _env.INTERPRET or torch.cuda.is_available()
+        else "torch finds no GPU (TRITON_INTERPRET=1, set before the import, runs it in Python)"
+    )
+
+
+@dataclass(frozen=True)
+class AotConfig:
+    """One way in which a kernel ships.
+
+    `signature` gives the type of each argument that is not a constant, in the kernel's order:
+    "*fp32", "*bf16", "*u8", "i32", "i64", "fp32". Pointers are taken to be aligned to 16 bytes, as
+    torch allocates them. `constants` gives the tl.constexpr arguments, and None for absent
+    pointers.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def jit(*, any_value: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """triton.jit. Arguments in `any_value` are not specialised: a new value compiles nothing.
+
+    Token counts, vocabularies and strides belong in `any_value`; Triton would otherwise compile
+    again where one becomes 1, or divisible by 16.
+    """
+    if triton is None:
+        return lambda kernel: kernel
+    decorate: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=any_value)
+    return decorate
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU of `x` the current one for a launch; nothing for a CPU tensor."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+if triton is not None:
+    LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
+    LN2_HIGH = tl.constexpr(
+        0.693145751953125
+    )  # 15 bits: a whole number below 2^9 times it is exact
+    LN2_LOW = tl.constexpr(1.428606765330187e-06)
+    TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
+
+
+@jit()
+def exp(x):
+    """exp(x) to a few ulp wherever it is a normal number.
+
+    On a GPU tl.exp rounds x * log2(e) and hands it to exp2: an error of some |x| ulp.
+    """
+    y = tl.where(x < -104.0, -104.0, x)  # a NaN stays
+    y = tl.where(y > 89.0, 89.0, y)
+    n = tl.floor(y * LOG2E + 0.5)
+    n = tl.where(n > 127.0, 127.0, n)  # exp2(128) is infinite, exp(88.5) is not
+    r = (y - n * LN2_HIGH) - n * LN2_LOW
+    return tl.exp2(r * LOG2E) * tl.exp2(n)
+
+
+@jit()
+def exp2_scaled(x, m, c):
+    """exp2((x - m) * c), 0 where x is -inf, even where m is too.
+
+    With c = LOG2E / temperature this is exp((x - m) / temperature). The maximum is subtracted
+    before scaling: folded into the scaled load, a large offset would cost digits.
+    """
+    return tl.where(x == float("-inf"), 0.0, tl.exp2((x - m) * c))
+
+
+@jit()
+def expm1(x):
+    """exp(x) - 1 to a few ulp; -1 at -inf, inf at inf."""
+    # Below ln 2 in size: the series, whose next term is under 1e-9 of the sum. Above it, exp(x) - 1
+    # loses less than two bits.
+    near = tl.abs(x) < 0.69
+    y = tl.where(near, x, 0.0)
+    s = 1.0 / 3628800.0
+    s = s * y + 1.0 / 362880.0
+    s = s * y + 1.0 / 40320.0
+    s = s * y + 1.0 / 5040.0
+    s = s * y + 1.0 / 720.0
+    s = s * y + 1.0 / 120.0
+    s = s * y + 1.0 / 24.0
+    s = s * y + 1.0 / 6.0
+    s = s * y + 0.5
+    return tl.where(near, y + y * y * s, exp(x) - 1.0)
+
+
+@jit()
+def log1p(x):
+    """log(1 + x) to a few ulp, for x >= -1; -inf at -1, inf at inf."""
+    # Near 0: log1p(x) = 2 atanh(s) with s = x / (2 + x), |s| < 0.172; the next term of the series
+    # is under 3e-9 of the sum. Elsewhere log(1 + x) is over 0.28 in size and loses two bits.
+    near = (x > -0.25) & (x < 0.4)
+    y = tl.where(near, x, 0.0)
+    s = y / (2.0 + y)
+    q = s * s
+    series = 1.0 / 9.0
+    series = series * q + 1.0 / 7.0
+    series = series * q + 1.0 / 5.0
+    series = series * q + 1.0 / 3.0
+    return tl.where(near, 2.0 * (s + s * q * series), tl.log(tl.where(near, 1.0, 1.0 + x)))
+
+
+@jit()
+def softplus(x):
+    """log(1 + exp(x)), with its relative precision kept where it is close to 0."""
+    return tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x)))
+
+
+@jit()
+def tanh(x):
+    """tanh(x) to a few ulp."""
+    e = expm1(-2.0 * tl.abs(x))  # in (-1, 0]: no overflow
+    t = -e / (e + 2.0)
+    return tl.where(x < 0.0, -t, t)
+
+
+@jit()
+def philox_uniforms(seed, position):
+    """u0 and u1 of sample's specification, fp32 in [0, 1], from int64 seed and position."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    x0, x1, _, _ = tl.philox(seed, low, high, zero, zero)
+    return x0.to(tl.float32) * TWO_TO_MINUS_32, x1.to(tl.float32) * TWO_TO_MINUS_32

@@ -1,0 +1,44 @@
+"""Set-up for all tests: Triton's interpreter where there is no GPU, backends, hypothesis.
+
+A test module of an op says `OP = "<op>"`; its tests that take `backend` then run once on every
+backend that the op has: ref, cpu with each instruction set, triton (interpreted without a GPU),
+cuda.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
+
+from oracle import Backend, backends_for, instruction_set
+
+# The same examples in every run, so that a failure is one of the code. To look for new ones:
+# pytest --hypothesis-profile=explore
+_COMMON = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("fixed", max_examples=30, derandomize=True, **_COMMON)
+settings.register_profile("explore", max_examples=500, **_COMMON)
+settings.load_profile("fixed")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
+        metafunc.parametrize("backend", backends_for(metafunc.module.OP), indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with instruction_set(request.param.isa):
+        yield request.param
+
+pytest_plugins = ["trainer_fixtures"]
