@@ -1,0 +1,1 @@
+"""InstructGPT in miniature, from one command: see ``fastrlhf.demo.command``."""
