@@ -319,13 +319,13 @@ def cap_per_user(records: Sequence[R], cap: int = 200) -> list[R]:
 def split_by_user(records: Sequence[R], fractions: Sequence[float], seed: int) -> list[list[R]]:
     """Split the records so that no user is on two sides; without a user, no prompt text is.
 
-    Users are ordered by a keyed hash and laid end to end, each as long as its records; a user goes
-    to the side that its middle falls on. The users' sides therefore depend on the seed and on who
-    wrote how much, not on the order of the file. A side may be empty if users are few.
+    A user's side depends on seed and user alone, by a keyed hash: it is the same in every file,
+    whatever else the file holds. The sides' shares are therefore near the fractions, not exact, and
+    a side may be empty if users are few.
 
     Args:
         records: anything with `prompt` and `user`.
-        fractions: the share of records for each side, not negative, with sum 1.
+        fractions: the expected share of users for each side, not negative, with sum 1.
         seed: another seed gives another split.
 
     Returns:
@@ -334,21 +334,12 @@ def split_by_user(records: Sequence[R], fractions: Sequence[float], seed: int) -
     valid = len(fractions) > 0 and all(fraction >= 0 for fraction in fractions)
     message = f"shares that sum to 1 are wanted, got {list(fractions)}"
     require(valid and math.isclose(sum(fractions), 1.0, abs_tol=1e-6), "fractions", message)
-    counts: dict[tuple[str, str], int] = {}
-    for record in records:
-        user = _user(record)
-        counts[user] = counts.get(user, 0) + 1
-    ends = [sum(fractions[: i + 1]) * len(records) for i in range(len(fractions))]
+    ends = [sum(fractions[: i + 1]) for i in range(len(fractions))]
     last = max(i for i, fraction in enumerate(fractions) if fraction > 0)
-    sides: dict[tuple[str, str], int] = {}
-    start = 0
-    for user in sorted(counts, key=lambda user: _hash(seed, user)):
-        middle = start + counts[user] / 2
-        sides[user] = next((i for i in range(last) if middle < ends[i]), last)
-        start += counts[user]
     split: list[list[R]] = [[] for _ in fractions]
     for record in records:
-        split[sides[_user(record)]].append(record)
+        place = _place(seed, _user(record))
+        split[next((i for i in range(last) if place < ends[i]), last)].append(record)
     return split
 
 
@@ -381,5 +372,7 @@ def _user(record: HasPrompt) -> tuple[str, str]:
     return ("prompt", record.prompt) if record.user is None else ("user", record.user)
 
 
-def _hash(seed: int, user: tuple[str, str]) -> bytes:
-    return hashlib.blake2b(json.dumps([seed, *user]).encode(), digest_size=16).digest()
+def _place(seed: int, user: tuple[str, str]) -> float:
+    """Return a number in [0, 1) that depends on seed and user alone."""
+    digest = hashlib.blake2b(json.dumps([seed, *user]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

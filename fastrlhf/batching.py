@@ -1,0 +1,121 @@
+"""From token lists to padded batches: order by seed and step, micro-batches cut by length.
+
+Order is a function of (seed, epoch) alone and a batch a function of its step, so that a resumed run
+sees exactly what an uninterrupted one sees without a saved data-loader state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrlhf.models import IGNORE
+
+
+@dataclass(slots=True, frozen=True)
+class Example:
+    """One sequence: its tokens, and the index of the first one to be predicted (at least 1)."""
+
+    tokens: tuple[int, ...]
+    start: int = 1
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens that are predicted."""
+        return len(self.tokens) - self.start
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(n) that depends on (seed, epoch) alone."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = 1
+) -> list[np.ndarray]:
+    """One epoch's batches of ``batch_size`` indices; a short last batch is left out.
+
+    With ``window`` > 1 each run of that many batches is sorted by length before it is cut, and its
+    batches are shuffled again: batches of like lengths need little padding.
+    """
+    order = epoch_order(len(lengths), seed, epoch)
+    full = len(order) // batch_size * batch_size
+    if full == 0:
+        return [order] if len(order) else []
+    order = order[:full]
+    rng = np.random.default_rng([seed, epoch, 1])
+    sizes = np.asarray(lengths)
+    batches: list[np.ndarray] = []
+    for first in range(0, full, batch_size * window):
+        part = order[first : first + batch_size * window]
+        if window > 1:
+            part = part[np.argsort(sizes[part], kind="stable")]
+        cut = np.split(part, len(part) // batch_size)
+        if window > 1:
+            cut = [cut[i] for i in rng.permutation(len(cut))]
+        batches += cut
+    return batches
+
+
+def cyclic_indices(n: int, count: int, step: int, seed: int) -> list[int]:
+    """Indices of ``count`` of ``n`` items for step ``step``: round and round, each round shuffled.
+
+    Round r has the order ``epoch_order(n, seed, r)``; step s takes places s * count and on.
+    """
+    if n == 0 or count == 0:
+        return []
+    places = np.arange(step * count, (step + 1) * count)
+    orders = {int(r): epoch_order(n, seed, int(r)) for r in np.unique(places // n)}
+    return [int(orders[int(p // n)][p % n]) for p in places]
+
+
+def cut_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in groups of like length whose padded size (rows times longest) fits max_tokens.
+
+    A sequence longer than max_tokens stands alone.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(input_ids (B, T) int64, lengths (B,) int64), padded on the right, or the left."""
+    longest = max(map(len, sequences))
+    out = np.full((len(sequences), longest), pad_id, dtype=np.int64)
+    for row, tokens in enumerate(sequences):
+        if left:
+            out[row, longest - len(tokens) :] = tokens
+        else:
+            out[row, : len(tokens)] = tokens
+    return torch.from_numpy(out), torch.tensor([len(s) for s in sequences])
+
+
+def collate(
+    examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """(input_ids, labels), both (B, T) int64: labels are IGNORE before ``start`` and at padding."""
+    input_ids, lengths = pad([e.tokens for e in examples], pad_id)
+    column = torch.arange(input_ids.shape[1])
+    starts = torch.tensor([max(e.start, 1) for e in examples])
+    wanted = (column >= starts[:, None]) & (column < lengths[:, None])
+    labels = torch.where(wanted, input_ids, IGNORE)
+    return input_ids.to(device), labels.to(device)
+
+
+def micro_batches(
+    examples: Sequence[Example], max_tokens: int, pad_id: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(indices, input_ids, labels) of micro-batches of like length."""
+    for indices in cut_by_length([len(e.tokens) for e in examples], max_tokens):
+        yield indices, *collate([examples[i] for i in indices], pad_id, device)

@@ -1,0 +1,359 @@
+"""`fastrlhf doctor`: what is installed, which kernels are active, and why others are not.
+
+Every op runs once on a tiny input on every backend that it has here, and its values are compared
+with those of `ref`: "yes" in the table means that it ran and agreed. `--kernels` compiles the
+Triton kernels ahead of time and lists their registers and shared memory; that needs no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastrlhf_kernels as kernels
+from fastrlhf.errors import UserError
+from fastrlhf.runlog import progress
+from fastrlhf_kernels import BackendUnavailable, _aot, _env, _native, use_backend
+from fastrlhf_kernels._backends import BACKENDS
+
+# What a run uses; the last two are optional.
+PACKAGES = (
+    "fastrlhf",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "safetensors",
+    "tensorboard",
+    "flash-attn",
+    "wandb",
+)
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
+# fp32 sums of a few terms in another order; a wrong kernel is off by far more.
+RTOL, ATOL = 1e-4, 1e-5
+
+
+@dataclass(slots=True)
+class DoctorConfig:
+    """What to look at."""
+
+    kernels: bool = False
+    """Also compile the Triton kernels ahead of time and list registers and shared memory (slow)."""
+
+
+def run(config: DoctorConfig) -> None:
+    """Print the report.
+
+    Raises:
+        UserError: a kernel disagrees with its reference, or `--kernels` in the interpreter.
+    """
+    print_table("packages", _packages())
+    print_table("machine", _machine())
+    print_table("build", _build())
+    print_table("backends", _backends())
+    outcomes = probe_ops()
+    head = ("op", *BACKENDS)
+    print_table("ops", [head, *((op, *row.values()) for op, row in outcomes.items())])
+    print("yes: ran here and agrees with ref; none: the op has no such backend; -: not on this")
+    print("machine, for the reason above.")
+    if config.kernels:
+        print()
+        print_table("Triton kernels, compiled ahead of time", _kernel_table())
+    wrong = [
+        f"{op} on {backend}"
+        for op, row in outcomes.items()
+        for backend, outcome in row.items()
+        if outcome == "WRONG"
+    ]
+    if wrong:
+        raise UserError(f"kernels disagree with their reference: {', '.join(wrong)}")
+
+
+def print_table(title: str, rows: list[tuple[str, ...]]) -> None:
+    """Print the rows under a title, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(title)
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f"  {'  '.join(cells)}".rstrip())
+    print()
+
+
+def probe_ops() -> dict[str, dict[str, str]]:
+    """Run every op on every backend.
+
+    Returns:
+        For each op, backend -> "yes", "none" (the op has no such backend), "-" (the backend is not
+        available here) or "WRONG" (it ran, and its values are not those of `ref`).
+    """
+    here = {backend for backend in BACKENDS if _missing(backend) is None}
+    return {
+        op: {backend: _probe(probe, backend) if backend in here else "-" for backend in BACKENDS}
+        for op, probe in PROBES.items()
+        if op in kernels.__all__
+    }
+
+
+def _probe(probe: Callable[[Inputs, str], Any], backend: str) -> str:
+    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+    with torch.no_grad():
+        wanted = list(_tensors(probe(Inputs("cpu"), "ref")))
+        try:
+            found = list(_tensors(probe(Inputs("cuda" if on_gpu else "cpu"), backend)))
+        except BackendUnavailable:
+            return "none"
+    close = len(found) == len(wanted) and all(
+        torch.allclose(a.cpu().double(), b.double(), rtol=RTOL, atol=ATOL)
+        for a, b in zip(found, wanted, strict=True)
+    )
+    return "yes" if close else "WRONG"
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a tensor, tuple or dict, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for key in sorted(output):
+            yield from _tensors(output[key])
+    else:
+        for item in output:
+            yield from _tensors(item)
+
+
+class Inputs:
+    """Small fixed inputs, the same on every device. B = 3, T = 5, H = 8, V = 11."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.mask = self.integers([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
+        self.labels = self.integers([3, -100, 10])
+
+    def floats(self, *shape: int, seed: int) -> Tensor:
+        """Normal numbers; another seed gives others."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator).to(self.device)
+
+    def integers(self, values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        """A tensor of these integers."""
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def tokens(self, seed: int) -> Tensor:
+        """(B, T), as log-probs, rewards or values."""
+        return self.floats(3, 5, seed=seed)
+
+
+def _append_kv(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
+    k_cache, v_cache = x.floats(2, 4, 2, 16, seed=2), x.floats(2, 4, 2, 16, seed=3)
+    k, v = x.floats(3, 2, 16, seed=0), x.floats(3, 2, 16, seed=1)
+    kernels.append_kv(k, v, k_cache, v_cache, x.integers([5, -1, 0]), backend=backend)
+    return k_cache, v_cache
+
+
+PROBES: dict[str, Callable[[Inputs, str], Any]] = {
+    "logprobs_from_logits": lambda x, backend: kernels.logprobs_from_logits(
+        x.floats(3, 11, seed=0), x.labels, return_entropy=True, backend=backend
+    ),
+    "linear_logprobs": lambda x, backend: kernels.linear_logprobs(
+        x.floats(3, 8, seed=0), x.floats(11, 8, seed=1), x.labels, backend=backend
+    ),
+    "linear_cross_entropy": lambda x, backend: kernels.linear_cross_entropy(
+        x.floats(3, 8, seed=0), x.floats(11, 8, seed=1), x.labels, backend=backend
+    ),
+    "linear_ppo_loss": lambda x, backend: kernels.linear_ppo_loss(
+        x.floats(3, 8, seed=0),
+        x.floats(11, 8, seed=1),
+        x.labels,
+        x.floats(3, seed=2) - 3,
+        x.floats(3, seed=3),
+        backend=backend,
+    ),
+    "kl_penalty": lambda x, backend: kernels.kl_penalty(
+        x.tokens(0), x.tokens(1), estimator="k3", backend=backend
+    ),
+    "kl_divergence": lambda x, backend: kernels.kl_divergence(
+        x.floats(3, 11, seed=0), x.floats(3, 11, seed=1), backend=backend
+    ),
+    "shape_rewards": lambda x, backend: kernels.shape_rewards(
+        x.floats(3, seed=0), x.tokens(1), x.mask, beta=0.02, backend=backend
+    ),
+    "gae": lambda x, backend: kernels.gae(x.tokens(0), x.tokens(1), x.mask, backend=backend),
+    "gae_varlen": lambda x, backend: kernels.gae_varlen(
+        x.floats(7, seed=0),
+        x.floats(7, seed=1),
+        x.integers([0, 3, 7], torch.int32),
+        backend=backend,
+    ),
+    "whiten": lambda x, backend: kernels.whiten(x.tokens(0), x.mask, backend=backend),
+    "rollout_advantages": lambda x, backend: kernels.rollout_advantages(
+        x.tokens(0),
+        x.tokens(1),
+        x.tokens(2),
+        x.floats(3, seed=3),
+        x.mask,
+        beta=0.02,
+        backend=backend,
+    ),
+    "policy_loss": lambda x, backend: kernels.policy_loss(
+        x.tokens(0), x.tokens(1), x.tokens(2), x.mask, backend=backend
+    ),
+    "value_loss": lambda x, backend: kernels.value_loss(
+        x.tokens(0), x.tokens(1), x.tokens(2), x.mask, backend=backend
+    ),
+    "ranking_loss": lambda x, backend: kernels.ranking_loss(
+        x.floats(7, seed=0),
+        x.integers([1, 2, 2, 3, 2, 1, 1]),
+        x.integers([4, 3]),
+        backend=backend,
+    ),
+    "append_kv": _append_kv,
+    "decode_attention": lambda x, backend: kernels.decode_attention(
+        x.floats(2, 4, 16, seed=0),
+        x.floats(3, 4, 2, 16, seed=1),
+        x.floats(3, 4, 2, 16, seed=2),
+        x.integers([[0, 2], [1, 0]], torch.int32),
+        x.integers([6, 3], torch.int32),
+        backend=backend,
+    ),
+    # Only one token is left to draw, so that the answer is the same for any generator.
+    "sample": lambda x, backend: kernels.sample(
+        x.floats(3, 11, seed=0), x.integers([1, 2, 3]), x.integers([0, 5, 9]), top_k=1,
+        backend=backend,
+    ),
+}  # fmt: skip
+
+
+def _missing(backend: str) -> str | None:
+    """Return why a backend cannot run here, in the kernels' own words, or None."""
+    try:
+        with use_backend(backend):
+            return None
+    except BackendUnavailable as error:
+        return str(error).removeprefix(f"backend {backend!r} is not available: ")
+
+
+def _packages() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            rows.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def _machine() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("system", f"{platform.system()} {platform.machine()}"),
+        ("processor", _processor()),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
+    ]
+    for name, tool in (("C++ compiler", os.environ.get("CXX", "c++")), ("nvcc", "nvcc")):
+        found = shutil.which(tool)
+        rows.append((name, _first_version_line(found) if found else f"no '{tool}' on the path"))
+    if not torch.cuda.is_available():
+        rows.append(("CUDA", f"torch finds no GPU (torch is built for {_torch_build()})"))
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gib = properties.total_memory / 2**30
+        capability = f"sm_{properties.major}{properties.minor}"
+        rows.append((f"CUDA {index}", f"{properties.name}, {capability}, {gib:.0f} GiB"))
+    return rows
+
+
+def _torch_build() -> str:
+    if torch.version.cuda is not None:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip is not None else "CPU only"
+
+
+def _processor() -> str:
+    """Return the processor's name and those of its instruction sets that matter here."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    pairs = (line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in pairs}
+    flags = [flag for flag in CPU_FLAGS if flag in fields.get("flags", "").split()]
+    name = fields.get("model name") or platform.machine()
+    return f"{name} ({', '.join(flags) or 'none of ' + ', '.join(CPU_FLAGS)})"
+
+
+def _first_version_line(tool: str) -> str:
+    """Return what a compiler calls itself: the line of `--version` that has a number in it."""
+    try:
+        done = subprocess.run([tool, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{tool}: does not run ({type(error).__name__})"
+    lines = [line for line in done.stdout.splitlines() if any(c.isdigit() for c in line)]
+    release = [line for line in lines if "release" in line] or lines or ["no version"]
+    return f"{release[0].strip()} ({tool})"
+
+
+def _backends() -> list[tuple[str, ...]]:
+    """Return each backend with what it runs or the reason against it, and how one is chosen."""
+    rows: list[tuple[str, ...]] = []
+    for backend in BACKENDS:
+        reason = _missing(backend)
+        what = "available"
+        if backend == "cpu" and _native.cpu is not None:
+            what += f", runs {_native.cpu.isa()}; has {', '.join(_native.cpu.isas())}"
+        rows.append((backend, what if reason is None else f"no: {reason}"))
+    asked = _env.BACKEND
+    for device, first in (("CPU", "cpu"), ("GPU", "triton")):
+        if asked is not None:
+            chosen = f"{asked}, since FASTRLHF_BACKEND={asked}"
+        elif _missing(first) is None:
+            chosen = f"{first}, and ref for an op without it"
+        else:
+            chosen = f"ref, since {first} is not available"
+        rows.append((f"{device} tensors", chosen))
+    return rows
+
+
+def _build() -> list[tuple[str, ...]]:
+    """Return what the build of the extensions found, from the note that it left."""
+    note = Path(kernels.__file__).parent / "_build_info.json"
+    if not note.exists():
+        return [("extensions", "not built: this copy of fastrlhf_kernels was never installed")]
+    rows: list[tuple[str, ...]] = []
+    for extension, found in json.loads(note.read_text(encoding="utf-8")).items():
+        facts = (f"{name} {_plain(value)}" for name, value in found.items() if name != "built")
+        rows.append((extension, "; ".join(["built" if found["built"] else "not built", *facts])))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _kernel_table() -> list[tuple[str, ...]]:
+    """Compile every Triton kernel for every target and return what each needs."""
+    if _env.INTERPRET:
+        raise UserError("--kernels: TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    rows: list[tuple[str, ...]] = [
+        ("op", "configuration", "target", "registers", "spilled", "shared memory")
+    ]
+    names = _aot.ops()
+    with progress("compile", len(names), unit="op") as bar:
+        for op in names:
+            for kernel in _aot.compile_op(op):
+                registers = "?" if kernel.registers is None else str(kernel.registers)
+                spilled = "?" if kernel.spilled_bytes is None else f"{kernel.spilled_bytes} B"
+                shared = f"{kernel.shared_bytes} of {kernel.shared_limit} B"
+                rows.append((op, kernel.config, kernel.target, registers, spilled, shared))
+            bar.advance(kernels=len(rows) - 1)
+    return rows
