@@ -102,7 +102,6 @@ def probe_ops() -> dict[str, dict[str, str]]:
     return {
         op: {backend: _probe(probe, backend) if backend in here else "-" for backend in BACKENDS}
         for op, probe in PROBES.items()
-        if op in kernels.__all__
     }
 
 
@@ -155,13 +154,6 @@ class Inputs:
         return self.floats(3, 5, seed=seed)
 
 
-def _append_kv(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
-    k_cache, v_cache = x.floats(2, 4, 2, 16, seed=2), x.floats(2, 4, 2, 16, seed=3)
-    k, v = x.floats(3, 2, 16, seed=0), x.floats(3, 2, 16, seed=1)
-    kernels.append_kv(k, v, k_cache, v_cache, x.integers([5, -1, 0]), backend=backend)
-    return k_cache, v_cache
-
-
 PROBES: dict[str, Callable[[Inputs, str], Any]] = {
     "logprobs_from_logits": lambda x, backend: kernels.logprobs_from_logits(
         x.floats(3, 11, seed=0), x.labels, return_entropy=True, backend=backend
@@ -172,19 +164,8 @@ PROBES: dict[str, Callable[[Inputs, str], Any]] = {
     "linear_cross_entropy": lambda x, backend: kernels.linear_cross_entropy(
         x.floats(3, 8, seed=0), x.floats(11, 8, seed=1), x.labels, backend=backend
     ),
-    "linear_ppo_loss": lambda x, backend: kernels.linear_ppo_loss(
-        x.floats(3, 8, seed=0),
-        x.floats(11, 8, seed=1),
-        x.labels,
-        x.floats(3, seed=2) - 3,
-        x.floats(3, seed=3),
-        backend=backend,
-    ),
     "kl_penalty": lambda x, backend: kernels.kl_penalty(
         x.tokens(0), x.tokens(1), estimator="k3", backend=backend
-    ),
-    "kl_divergence": lambda x, backend: kernels.kl_divergence(
-        x.floats(3, 11, seed=0), x.floats(3, 11, seed=1), backend=backend
     ),
     "shape_rewards": lambda x, backend: kernels.shape_rewards(
         x.floats(3, seed=0), x.tokens(1), x.mask, beta=0.02, backend=backend
@@ -197,15 +178,6 @@ PROBES: dict[str, Callable[[Inputs, str], Any]] = {
         backend=backend,
     ),
     "whiten": lambda x, backend: kernels.whiten(x.tokens(0), x.mask, backend=backend),
-    "rollout_advantages": lambda x, backend: kernels.rollout_advantages(
-        x.tokens(0),
-        x.tokens(1),
-        x.tokens(2),
-        x.floats(3, seed=3),
-        x.mask,
-        beta=0.02,
-        backend=backend,
-    ),
     "policy_loss": lambda x, backend: kernels.policy_loss(
         x.tokens(0), x.tokens(1), x.tokens(2), x.mask, backend=backend
     ),
@@ -216,15 +188,6 @@ PROBES: dict[str, Callable[[Inputs, str], Any]] = {
         x.floats(7, seed=0),
         x.integers([1, 2, 2, 3, 2, 1, 1]),
         x.integers([4, 3]),
-        backend=backend,
-    ),
-    "append_kv": _append_kv,
-    "decode_attention": lambda x, backend: kernels.decode_attention(
-        x.floats(2, 4, 16, seed=0),
-        x.floats(3, 4, 2, 16, seed=1),
-        x.floats(3, 4, 2, 16, seed=2),
-        x.integers([[0, 2], [1, 0]], torch.int32),
-        x.integers([6, 3], torch.int32),
         backend=backend,
     ),
     # Only one token is left to draw, so that the answer is the same for any generator.

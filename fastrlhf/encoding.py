@@ -145,6 +145,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
+def decode_prompt(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Text of a prompt, without special tokens and outer blanks.
+
+    Unlike a response it is not cut at the end token: GPT-2 begins with the same one.
+    """
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []

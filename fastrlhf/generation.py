@@ -8,7 +8,7 @@ order of length and padded on the left; sequences that have ended leave the batc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,12 @@ def generate(
     logprobs = torch.zeros((n, max_new_tokens), device=device)
     counts = torch.zeros(n, dtype=torch.int64, device=device)
     seeds = torch.as_tensor(seeds, dtype=torch.int64).to(device)
-    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    filters: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
     was_training = model.training
     model.eval()
     order = sorted(range(n), key=lambda i: (-lengths[i], i))

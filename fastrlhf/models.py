@@ -129,22 +129,22 @@ class LanguageModel(nn.Module):
         targets = labels[:, 1:]
         valid = targets != IGNORE
         head = self.head
-        shared = {"bias": head.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        shared: dict[str, Any] = {
+            "bias": head.bias,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+        }
         if loss_normalizer is not None:
             return linear_cross_entropy(
                 hidden[valid], head.weight, targets[valid], normalizer=loss_normalizer, **shared
             )
-        out = linear_logprobs(
-            hidden[valid],
-            head.weight,
-            targets[valid],
-            temperature=temperature,
-            return_entropy=return_entropy,
-            **shared,
-        )
-        logprobs, *entropy = out if return_entropy else (out,)
-        placed = [_place(values, valid) for values in (logprobs, *entropy)]
-        return tuple(placed) if return_entropy else placed[0]
+        inputs = (hidden[valid], head.weight, targets[valid])
+        if return_entropy:
+            logprobs, entropy = linear_logprobs(
+                *inputs, temperature=temperature, return_entropy=True, **shared
+            )
+            return _place(logprobs, valid), _place(entropy, valid)
+        return _place(linear_logprobs(*inputs, temperature=temperature, **shared), valid)
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face directory (config, safetensors, tokenizer)."""

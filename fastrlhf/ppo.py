@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.batching import Example, cyclic_indices, epoch_order, micro_batches
 from fastrlhf.config import require, resolve
-from fastrlhf.encoding import Recipe, decode, document_examples, prompt_ids
+from fastrlhf.encoding import Recipe, decode, decode_prompt, document_examples, prompt_ids
 from fastrlhf.errors import UserError
 from fastrlhf.models import EMA, load_language_model, load_scalar_model
 from fastrlhf.records import read_documents, read_prompts
@@ -350,9 +350,7 @@ def _keep_samples(
         ):
             line = {
                 "iteration": iteration + 1,
-                "prompt": tokenizer.decode(
-                    episode.tokens[: episode.start], skip_special_tokens=True
-                ).strip(),
+                "prompt": decode_prompt(tokenizer, episode.tokens[: episode.start]),
                 "response": decode(tokenizer, episode.tokens[episode.start :]),
                 "ended": episode.tokens[-1] == tokenizer.eos_token_id,
                 "score": round(score, 4),

@@ -204,4 +204,4 @@ def _zero_mean(
     examples = demonstration_examples(tokenizer, items, room)
     scores = reward_scores(model, [e.tokens for e in examples], tokenizer.pad_token_id)
     with torch.no_grad():
-        model.head.bias -= scores.double().mean().to(model.head.bias)
+        model.head.bias.sub_(scores.double().mean().to(model.head.bias))

@@ -308,7 +308,8 @@ class PlainProgress:
         elapsed = now - self.begin
         rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
         place = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
-        parts = [f"{place} {self.unit}s", f"{_rate(rate)} {self.unit}/s"]
+        units = self.unit if self.unit == "%" else f"{self.unit}s"
+        parts = [f"{place} {units}", f"{_rate(rate)} {self.unit}/s"]
         if last:
             parts.append(f"took {_clock(elapsed)}")
         elif self.total is not None and rate > 0:

@@ -311,10 +311,23 @@ def test_split_by_user(
 def test_the_split_is_near_its_fractions_and_depends_on_the_seed() -> None:
     records = [PromptRecord(f"p{i}", f"u{i // 3}", i, {}) for i in range(3000)]
     sides = split_by_user(records, (0.8, 0.1, 0.1), seed=1)
-    assert [len(side) for side in sides] == [2400, 300, 300]
+    for side, share in zip(sides, (0.8, 0.1, 0.1), strict=True):
+        users = len({r.user for r in side})  # binomial out of 1000, within five standard deviations
+        assert abs(users - 1000 * share) < 5 * (1000 * share * (1 - share)) ** 0.5
     other = split_by_user(records, (0.8, 0.1, 0.1), seed=2)
     common = {r.line for r in sides[1]} & {r.line for r in other[1]}
     assert len(common) < 100  # 30 are expected by chance
+
+
+def test_a_user_is_on_the_same_side_in_every_file() -> None:
+    one = [PromptRecord(f"p{i}", f"u{i % 50}", i, {}) for i in range(500)]
+    # Other records of the same users, some with many more of them, some users missing.
+    two = [PromptRecord(f"q{i}", f"u{i % 20 + 15}", i, {}) for i in range(900)]
+    held_out = {r.user for r in split_by_user(one, (0.7, 0.3), seed=3)[1]}
+    assert 0 < len(held_out) < 50
+    train, other = split_by_user(two, (0.7, 0.3), seed=3)
+    assert {r.user for r in other} <= held_out
+    assert not {r.user for r in train} & held_out
 
 
 @pytest.mark.parametrize("fractions", [(), (0.5,), (0.5, 0.6), (1.5, -0.5), (float("nan"), 1.0)])

@@ -139,7 +139,7 @@ def _run_seeds(config: DemoConfig, folders: dict[int, Path], workers: int, threa
     waiting = list(folders)
     running: dict[int, subprocess.Popen[bytes]] = {}
     done = dict.fromkeys(folders, 0.0)
-    with progress("demo", 100 * len(folders), "percent") as bar:
+    with progress("demo", 100, "%") as bar:
         shown = 0
         try:
             while waiting or running:
@@ -156,7 +156,7 @@ def _run_seeds(config: DemoConfig, folders: dict[int, Path], workers: int, threa
                     if process.returncode != 0:
                         raise _failure(seed, folders[seed], process.returncode)
                     done[seed] = 1.0
-                percent = int(100 * sum(done.values()))
+                percent = int(100 * sum(done.values()) / len(done))
                 bar.advance(max(0, percent - shown), **doing)
                 shown = max(shown, percent)
         finally:
