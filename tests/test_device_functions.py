@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrlhf_kernels import _triton
 from fastrlhf_kernels._triton import (
     LOG2E,
+    exp,
     exp2_scaled,
     expm1,
     jit,
@@ -36,6 +37,12 @@ def apply_all(x, a, b, c, d, n, BLOCK: tl.constexpr):
     tl.store(b + i, log1p(v), mask=i < n)
     tl.store(c + i, tanh(v), mask=i < n)
     tl.store(d + i, softplus(v), mask=i < n)
+
+
+@jit()
+def apply_exp(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, exp(tl.load(x + i, mask=i < n, other=0.0)), mask=i < n)
 
 
 @jit()
@@ -68,6 +75,17 @@ def test_a_few_ulp_everywhere() -> None:
     functions = (torch.expm1, torch.log1p, torch.tanh, lambda x: torch.logaddexp(x, 0 * x))
     for actual, function in zip(out, functions, strict=True):
         assert relative_error(actual, function(exact)) < 4 * EPS
+
+
+def test_exp_everywhere() -> None:
+    x = torch.linspace(-87.0, 88.7, 8000, device=DEVICE)
+    out = torch.empty_like(x)
+    apply_exp[(math.ceil(x.numel() / BLOCK),)](x, out, x.numel(), BLOCK)
+    assert relative_error(out, x.double().exp()) < 4 * EPS
+    x = torch.tensor([-math.inf, -200.0, 0.0, 89.0, math.inf, math.nan], device=DEVICE)
+    out = torch.empty_like(x)
+    apply_exp[(1,)](x, out, x.numel(), BLOCK)
+    torch.testing.assert_close(out, x.exp(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_limits() -> None:
