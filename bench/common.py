@@ -119,6 +119,7 @@ def measure(
     tolerance: float | None = None,
     bytes_moved: int = 0,
     flops: int = 0,
+    ceilings: Mapping[str, Variant] | None = None,
     rounds: int = ROUNDS,
 ) -> list[Row]:
     """Compares the variants' results, times them, and gives a row for each.
@@ -130,6 +131,7 @@ def measure(
         oracle: the fp64 result, a tensor or a tuple of such.
         tolerance: an error above this fails the benchmark: it would time different things.
         bytes_moved, flops: what a call must at least move and compute.
+        ceilings: name -> call, timed in the same rounds as bounds; what they give is not compared.
         rounds: how often each variant is timed.
     """
     errors: dict[str, float | None] = dict.fromkeys(variants)
@@ -140,7 +142,8 @@ def measure(
                 raise AssertionError(f"{op}: {name} is off by {error:.3g} on {shape}")
     source = torch.empty(max(bytes_moved // 2, 1), dtype=torch.uint8, device=DEVICE).fill_(1)
     target = torch.empty_like(source)
-    times = interleave({**variants, "copy": lambda: target.copy_(source)}, rounds)
+    calls = {**variants, **(ceilings or {})}
+    times = interleave({**calls, "copy": lambda: target.copy_(source)}, rounds)
     copy = statistics.median(times.pop("copy"))
     rows = []
     for name, seconds in times.items():
@@ -159,8 +162,8 @@ def measure(
                 gb_per_s=bytes_moved / median * 1e-9 if bytes_moved else None,
                 tflop_per_s=flops / median * 1e-12 if flops else None,
                 share_of_copy=copy / median if bytes_moved else None,
-                peak_bytes=peak_bytes(variants[name]),
-                max_error=errors[name],
+                peak_bytes=peak_bytes(calls[name]),
+                max_error=errors.get(name),
             )
         )
     return rows

@@ -82,6 +82,10 @@ template <class T>
 constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<bf16> = true;
+template <class T>
+constexpr bool is_float = false;
+template <>
+constexpr bool is_float<float> = true;
 
 template <class To, class From>
 FASTRLHF_INLINE To bits_as(From x) {
@@ -209,10 +213,19 @@ FASTRLHF_INLINE void store(T* p, vec_t<acc_t<T>> v) {
   }
 }
 
+#if defined(__AVX512F__)
+FASTRLHF_INLINE __mmask16 first_lanes(int64_t n) {
+  return n >= 16 ? ALL_LANES : static_cast<__mmask16>((1 << n) - 1);
+}
+#endif
+
 // Lanes 0 to n - 1 are memory, the others `fill`; nothing past p[n - 1] is read.
 template <class T>
 FASTRLHF_INLINE vec_t<acc_t<T>> load_n(const T* p, int64_t n, acc_t<T> fill) {
   using V = vec_t<acc_t<T>>;
+#if defined(__AVX512F__)
+  if constexpr (is_float<T>) return _mm512_mask_loadu_ps(splat<V>(fill), first_lanes(n), p);
+#endif
   V v = splat<V>(fill);
   for (int i = 0; i < lanes<V>; ++i) {
     if (i < n) v[i] = to_acc(p[i]);
@@ -222,6 +235,12 @@ FASTRLHF_INLINE vec_t<acc_t<T>> load_n(const T* p, int64_t n, acc_t<T> fill) {
 
 template <class T>
 FASTRLHF_INLINE void store_n(T* p, vec_t<acc_t<T>> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (is_float<T>) {
+    _mm512_mask_storeu_ps(p, first_lanes(n), v);
+    return;
+  }
+#endif
   T buffer[lanes<vec_t<acc_t<T>>>];
   store(buffer, v);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];

@@ -41,4 +41,5 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with instruction_set(request.param.isa):
         yield request.param
 
+
 pytest_plugins = ["trainer_fixtures"]

@@ -1,4 +1,4 @@
-"""The demonstration end to end at a tiny size: every phase, every claim, resuming, the same numbers."""
+"""The demonstration end to end at a tiny size: phases, claims, resuming, the same numbers twice."""
 
 import json
 from dataclasses import asdict
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fastrlhf.cli import main
 from fastrlhf.demo import command
 from fastrlhf.demo.claims import by_seed, judge_claims, load_seed
@@ -123,4 +124,3 @@ def test_a_failing_seed_is_named_with_the_end_of_its_log(tmp_path: Path) -> None
     (folder / "base").write_text("in the way", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r"seed 0 ended with exit code 1(.|\n)*base"):
         command.run(command.DemoConfig(out=out, seeds=1))
-

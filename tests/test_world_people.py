@@ -188,7 +188,8 @@ def test_ranks_follow_ratings_and_copies_tie(seed: int) -> None:
     ranks = rank(world, labeler, instruction, doubled, np.random.default_rng(seed))
     assert all(1 <= rating <= 7 for rating in ratings)
     assert ratings[: len(outputs)] == ratings[len(outputs) :]
-    assert min(ranks) == 1 and set(ranks) == set(range(1, max(ranks) + 1))
+    assert min(ranks) == 1
+    assert set(ranks) == set(range(1, max(ranks) + 1))
     for i, one in enumerate(ratings):
         for j, other in enumerate(ratings):
             assert (one > other) == (ranks[i] < ranks[j])

@@ -1,0 +1,360 @@
+"""The row routine of logprobs_from_logits, the linear_* ops and sample, in Triton and in C++.
+
+A row of logits z is read in tiles aligned at absolute columns, which are combined from left to
+right; so equal logits give equal bits, whichever op reads them, in whatever batch. With
+d_j = z_j - max z and temperature T:
+
+    rest    = sum exp(d_j / T) over all j but one instance of the maximum
+    moment  = sum exp(d_j / T) d_j
+    logprob = d_y / T - log1p(rest)                    keeps its relative precision as p -> 1
+    entropy = log1p(rest) - moment / T / (1 + rest)
+
+    dz_j = (grad_j (1 - p_j) - others_j p_j - grad_entropy p_j (d_j - mean) / T) / T
+
+grad_j is the upstream gradient of the labels equal to j, others_j that of the others, mean =
+moment / (1 + rest); 1 - p is rest / (1 + rest) at the maximum. (max, rest, moment) is a row's
+state, which the backward pass reads instead of summing again. max is -inf and rest 0 before the
+first tile; rest is NaN for a row of nothing but -inf, or with a NaN or a +inf.
+
+z = softcap * tanh(scale * (x + bias) / softcap) is made on load. csrc/logprob_row.h is the same in
+C++, with its own tile width.
+
+Source: Milakov and Gimelshein 2018 (the maximum and the sum in one reading).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._checks import check_labels
+from ._native import pointer
+from ._triton import LOG2E, AotConfig, exp2_scaled, jit, log1p, on_device, tanh, tl
+
+# Not tuned: 16 columns a lane, so that a tile's loads hide behind each other. To be swept on a GPU
+# by bench/bench_logprobs_from_logits.py. It fixes the order of the sums.
+BLOCK_V = 4096
+NUM_WARPS = 8
+BACKWARD_BLOCK_V = 2048
+BACKWARD_NUM_WARPS = 8
+
+_ANY_VALUE = ("N", "V", "K", "inner", "outer_stride", "inner_stride", "first", "ignore_index")
+
+# A multiple of both backends' tiles, so that columns handed over in pieces of it are cut the same.
+COLUMNS_MULTIPLE = 4096
+
+
+@jit()
+def load_z(
+    x, bias, columns, V, scale, cap, some,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """z in fp32 at `columns`; -inf past V, and everywhere where `some` is false."""
+    inside = (columns < V) & some
+    z = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=inside, other=0.0)
+    z *= scale
+    if HAS_CAP:
+        z = cap * tanh(z / cap)
+    return tl.where(inside, z, float("-inf"))
+
+
+@jit()
+def tile_state(z, c, MOMENT: tl.constexpr):
+    """(max, rest, moment) of a tile; c = log2(e) / T."""
+    nan = tl.max(tl.where(z != z, 1, 0), 0) > 0  # tl.max may or may not drop NaN
+    z = tl.where(z != z, float("-inf"), z)
+    m = tl.max(z, 0)
+    is_max = z == m
+    e = exp2_scaled(z, m, c)
+    rest = tl.sum(tl.where(is_max, 0.0, e), 0) + (tl.sum(tl.where(is_max, 1.0, 0.0), 0) - 1.0)
+    rest = tl.where(m == float("-inf"), 0.0, rest)
+    rest = tl.where(nan | (m == float("inf")), float("nan"), rest)
+    moment = 0.0
+    if MOMENT:
+        moment = tl.sum(e * tl.where(e == 0.0, 0.0, z - m), 0)
+    return m, rest, moment
+
+
+@jit()
+def combine(m1, rest1, moment1, m2, rest2, moment2, c):
+    """The state of two tiles together."""
+    m = tl.maximum(m1, m2)
+    low = tl.minimum(m1, m2)
+    left = m1 >= m2
+    rest = tl.where(left, rest1, rest2)
+    moved = 1.0 + tl.where(left, rest2, rest1)
+    e = exp2_scaled(low, m, c)  # 0 for an empty tile
+    d = tl.where(e == 0.0, 0.0, low - m)
+    moment = tl.where(left, moment1, moment2)
+    moment += e * (tl.where(left, moment2, moment1) + moved * d)
+    return m, rest + moved * e, moment
+
+
+@jit()
+def scan_row(
+    x, bias, V, m, rest, moment, c, scale, cap, some,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MOMENT: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The state of a row with V more columns behind it."""
+    lane = tl.arange(0, BLOCK_V)
+    for i in range(tl.cdiv(V, BLOCK_V)):
+        z = load_z(x, bias, i * BLOCK_V + lane, V, scale, cap, some, HAS_BIAS, HAS_CAP)
+        m2, rest2, moment2 = tile_state(z, c, MOMENT)
+        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, c)
+    return m, rest, moment
+
+
+@jit()
+def _row_offset(row, inner, outer_stride, inner_stride):
+    return (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@jit(any_value=_ANY_VALUE)
+def _forward_kernel(
+    x, bias, labels, temperatures, state, logprobs, entropy,  # pointers
+    N, V, K, inner,  # sizes
+    outer_stride, inner_stride, first,  # strides; the global column of x's first one
+    temperature, scale, cap, ignore_index,  # constants
+    BEGIN: tl.constexpr, END: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x += _row_offset(row, inner, outer_stride, inner_stride)
+    labels += row * K
+    logprobs += row * K
+    if HAS_TEMPERATURES:
+        temperature = tl.load(temperatures + row)
+    c = LOG2E / temperature
+    n_valid = 0
+    for k in range(K):
+        n_valid += tl.where(tl.load(labels + k) != ignore_index, 1, 0)
+    some = n_valid > 0
+    if BEGIN:
+        m, rest, moment = float("-inf"), 0.0, 0.0
+    else:
+        m = tl.load(state + row)
+        rest = tl.load(state + N + row)
+        moment = tl.load(state + 2 * N + row)
+    m, rest, moment = scan_row(
+        x, bias, V, m, rest, moment, c, scale, cap, some, HAS_BIAS, HAS_CAP, HAS_ENTROPY, BLOCK_V
+    )
+    if END:
+        rest = tl.where(some & (m == float("-inf")), float("nan"), rest)
+    for k in range(K):
+        label = tl.load(labels + k)
+        column = label - first
+        here = (label != ignore_index) & (column >= 0) & (column < V)
+        z = load_z(x, bias, tl.where(here, column, 0), V, scale, cap, here, HAS_BIAS, HAS_CAP)
+        if not BEGIN:
+            z = tl.where(here, z, tl.load(logprobs + k))
+        if END:
+            z = (z - m) / temperature - log1p(rest)
+            z = tl.where(label == ignore_index, 0.0, z)
+        tl.store(logprobs + k, z)
+    if END and HAS_ENTROPY:
+        value = log1p(rest) - moment / temperature / (1.0 + rest)
+        tl.store(entropy + row, tl.where(some, value, 0.0))
+    tl.store(state + row, m)
+    tl.store(state + N + row, rest)
+    tl.store(state + 2 * N + row, moment)
+
+
+@jit(any_value=_ANY_VALUE)
+def _backward_kernel(
+    x, bias, labels, temperatures, state, grad_logprobs, grad_entropy, dx,  # pointers
+    N, V, K, inner,  # sizes
+    outer_stride, inner_stride, dx_stride, first,  # strides; the global column of x's first one
+    temperature, scale, cap, ignore_index,  # constants
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    x += _row_offset(row, inner, outer_stride, inner_stride)
+    if HAS_TEMPERATURES:
+        temperature = tl.load(temperatures + row)
+    m = tl.load(state + row)
+    rest = tl.load(state + N + row)
+    # The gradients of the labels equal to a column, and of all.
+    own = tl.zeros([BLOCK_V], tl.float32)
+    total = 0.0
+    n_valid = 0
+    for k in range(K):
+        label = tl.load(labels + row * K + k)
+        valid = label != ignore_index
+        grad = tl.load(grad_logprobs + row * K + k, mask=valid, other=0.0)
+        own += tl.where(columns == label - first, grad, 0.0)
+        total += grad
+        n_valid += tl.where(valid, 1, 0)
+    some = n_valid > 0
+    inside = columns < V
+    z = tl.load(x + columns, mask=inside & some, other=0.0).to(tl.float32)
+    slope = scale
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=inside, other=0.0)
+    z *= scale
+    if HAS_CAP:
+        # d tanh(a) = 4 e / (1 + e)^2 with e = exp(-2|a|), without cancellation
+        e = tl.exp(-2.0 * tl.abs(z / cap))
+        slope = scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
+        z = cap * tanh(z / cap)
+    p = exp2_scaled(z, m, LOG2E / temperature) / (1.0 + rest)
+    not_p = tl.where(z == m, rest / (1.0 + rest), 1.0 - p)
+    dz = own * not_p - (total - own) * p
+    if HAS_ENTROPY:
+        upstream = tl.load(grad_entropy + row)
+        mean = tl.load(state + 2 * N + row) / (1.0 + rest)
+        dz -= upstream * p * ((tl.where(p == 0.0, 0.0, z - m) - mean) / temperature)
+    dz = tl.where(some, dz / temperature * slope, 0.0)
+    tl.store(dx + row * dx_stride + columns, dz.to(dx.dtype.element_ty), mask=inside)
+
+
+_SIZES = dict.fromkeys(("N", "V", "K", "inner", "inner_stride", "outer_stride", "first"), "i32")
+_SETTINGS = dict.fromkeys(("temperature", "scale", "cap"), "fp32") | {"ignore_index": "i32"}
+_FORWARD = {"x": "*fp32", "labels": "*i64", "state": "*fp32", "logprobs": "*fp32"}
+_BACKWARD = {"x": "*fp32", "labels": "*i64", "state": "*fp32", "grad_logprobs": "*fp32"}
+
+
+def aot_configs(x_type: str, dx_type: str, *, head: bool) -> list[AotConfig]:
+    """How the two kernels ship: for whole rows of logits, or with `head` for tiles of a head."""
+    flags = {"HAS_BIAS": head, "HAS_CAP": head, "HAS_ENTROPY": head, "HAS_TEMPERATURES": head}
+    pointers = {"bias": "*fp32", "temperatures": "*fp32"} if head else {}
+    absent = {} if head else {"bias": None, "temperatures": None}
+    forward = _FORWARD | {"x": x_type} | pointers | _SIZES | _SETTINGS
+    backward = _BACKWARD | {"x": x_type, "dx": dx_type} | pointers | _SIZES | _SETTINGS
+    return [
+        AotConfig(
+            f"forward, {x_type}",
+            _forward_kernel,
+            forward | ({"entropy": "*fp32"} if head else {}),
+            flags | absent | ({} if head else {"entropy": None})
+            | {"BEGIN": not head, "END": not head, "BLOCK_V": BLOCK_V},
+            num_warps=NUM_WARPS,
+        ),
+        AotConfig(
+            f"backward, {x_type} to {dx_type}",
+            _backward_kernel,
+            backward | {"dx_stride": "i32"} | ({"grad_entropy": "*fp32"} if head else {}),
+            flags | absent | ({} if head else {"grad_entropy": None})
+            | {"BLOCK_V": BACKWARD_BLOCK_V},
+            num_warps=BACKWARD_NUM_WARPS,
+        ),
+    ]  # fmt: skip
+
+
+class Head(NamedTuple):
+    """What makes z of x, and the settings; tensors are dense and of the results' dtype."""
+
+    temperature: float
+    temperatures: Tensor | None  # (N,), in place of `temperature`
+    scale: float
+    softcap: float  # 0: none
+    bias: Tensor | None  # (V,)
+    ignore_index: int
+
+
+def _layout(x: Tensor) -> tuple[int, int, int, int]:
+    """(N, inner, outer_stride, inner_stride) of (N, V) or (B, R, V)."""
+    if x.dim() == 2:
+        return x.shape[0], max(x.shape[0], 1), 0, x.stride(0)
+    return x.shape[0] * x.shape[1], max(x.shape[1], 1), x.stride(0), x.stride(1)
+
+
+def forward_rows(
+    backend: str,
+    x: Tensor,  # (N, V) or (B, R, V), dense along V
+    labels: Tensor,  # N K of them, int64, contiguous
+    head: Head,
+    state: Tensor,  # (3, N)
+    logprobs: Tensor,  # N K of them, contiguous
+    entropy: Tensor | None,  # N of them; also asks for the moment
+    *,
+    first: int = 0,
+    begin: bool = True,
+    end: bool = True,
+) -> None:
+    """Adds the columns of x, of which the first is global column `first`, to the rows' state.
+
+    With `begin` the rows start anew; with `end` log-probs and entropy are made. In between,
+    `logprobs` holds the labels' logits.
+    """
+    N, inner, outer_stride, inner_stride = _layout(x)
+    if N == 0:
+        return
+    V, K = x.shape[-1], labels.numel() // N
+    if backend == "cpu":
+        _native.call(
+            "logprobs_from_logits", x,
+            x.data_ptr(), pointer(head.bias), labels.data_ptr(), pointer(head.temperatures),
+            state.data_ptr(), logprobs.data_ptr(), pointer(entropy),
+            N, V, K, inner, outer_stride, inner_stride, first,
+            head.temperature, head.scale, head.softcap, head.ignore_index, begin, end,
+            _native.DTYPE_TAGS[x.dtype],
+        )  # fmt: skip
+        return
+    with on_device(x):
+        _forward_kernel[(N,)](
+            x, head.bias, labels, head.temperatures, state, logprobs, entropy,
+            N, V, K, inner,
+            outer_stride, inner_stride, first,
+            head.temperature, head.scale, head.softcap, head.ignore_index,
+            BEGIN=begin, END=end, HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap != 0.0,
+            HAS_TEMPERATURES=head.temperatures is not None, HAS_ENTROPY=entropy is not None,
+            BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def backward_rows(
+    backend: str,
+    x: Tensor,  # as for forward_rows
+    labels: Tensor,
+    head: Head,
+    state: Tensor,
+    grad_logprobs: Tensor,  # like logprobs
+    grad_entropy: Tensor | None,
+    dx: Tensor,  # (N, V), dense along V; may be x, for at most 8 labels a row
+    *,
+    first: int = 0,
+) -> None:
+    """Writes the gradient of the columns of x."""
+    N, inner, outer_stride, inner_stride = _layout(x)
+    V = x.shape[-1]
+    if N == 0:
+        return
+    K = labels.numel() // N
+    if backend == "cpu":
+        _native.call(
+            "logprobs_from_logits_backward", x,
+            x.data_ptr(), pointer(head.bias), labels.data_ptr(), pointer(head.temperatures),
+            state.data_ptr(), grad_logprobs.data_ptr(), pointer(grad_entropy), dx.data_ptr(),
+            N, V, K, inner, outer_stride, inner_stride, dx.stride(0), first,
+            head.temperature, head.scale, head.softcap, head.ignore_index,
+            _native.DTYPE_TAGS[x.dtype],
+        )  # fmt: skip
+        return
+    with on_device(x):
+        _backward_kernel[(N, -(-V // BACKWARD_BLOCK_V))](
+            x, head.bias, labels, head.temperatures, state, grad_logprobs, grad_entropy, dx,
+            N, V, K, inner,
+            outer_stride, inner_stride, dx.stride(0), first,
+            head.temperature, head.scale, head.softcap, head.ignore_index,
+            HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap != 0.0,
+            HAS_TEMPERATURES=head.temperatures is not None, HAS_ENTROPY=grad_entropy is not None,
+            BLOCK_V=BACKWARD_BLOCK_V, num_warps=BACKWARD_NUM_WARPS,
+        )  # fmt: skip
+
+
+def refuse_bad_labels(op: str, labels: Tensor, V: int, ignore_index: int) -> None:
+    """check_labels; for CPU tensors without the temporaries, which cost more than a short row."""
+    if labels.is_cuda or _native.cpu is None:
+        check_labels(op, labels, V, ignore_index)
+        return
+    bad = torch.empty(1, dtype=torch.int64)
+    _native.cpu.first_bad_label(labels.data_ptr(), labels.numel(), V, ignore_index, bad.data_ptr())
+    if int(bad) >= 0:
+        check_labels(op, labels, V, ignore_index)
