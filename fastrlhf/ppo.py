@@ -97,6 +97,8 @@ class PPOConfig(StageConfig):
     """Sampling temperature; logits of policy and reference are divided by it alike."""
     max_response: int = 1024
     """Longest response in tokens."""
+    save_every: int = 10
+    """Iterations between checkpoints; 0: only at the end."""
     samples: int = 8
     """Episodes of each iteration that are kept as text in samples.jsonl."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"

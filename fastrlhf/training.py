@@ -90,7 +90,7 @@ class StageConfig:
     """bf16 products or not; auto: bf16 on a GPU and on a CPU with AMX, else fp32."""
     max_tokens: int = 8192
     """Padded tokens of a micro-batch; gradients do not depend on it but for rounding."""
-    save_every: int = 0
+    save_every: int = 100
     """Optimiser steps (PPO: iterations) between checkpoints; 0: only at the end."""
     resume: bool = False
     """Go on from the last checkpoint in ``out``; a finished run is left as it is."""
@@ -124,7 +124,7 @@ class Progress:
 class Session:
     """One run of one stage: device, log, checkpoints.
 
-    Use: make it, build models and optimisers, ``prepare`` them, ``restore()``, train, ``finish()``.
+    Use: make it, build models and optimisers, ``prepare`` them, ``restore()``, train, ``save_model()``.
     """
 
     def __init__(self, config: StageConfig, stage: str) -> None:
