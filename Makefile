@@ -9,7 +9,7 @@
 #   make PYTHON=python3.12 test          another Python for .venv
 
 PYTHON ?= python3
-WORKERS ?= 0
+WORKERS ?= 2
 ARGS ?=
 TEST_ARGS ?=
 
@@ -29,7 +29,7 @@ demo: $(BUILT)
 	$(BIN)/fastrlhf demo $(ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(TEST_ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

@@ -24,6 +24,7 @@ namespace fastrlhf::FASTRLHF_ISA {
 namespace {
 
 constexpr int64_t ROW_TILE = 4096;  // 16 KiB of floats: half of a small level-1 cache
+constexpr int64_t SUM_BLOCK = 32;   // vectors that are summed one after another
 
 template <class A>
 constexpr A INF = static_cast<A>(__builtin_inf());
@@ -186,24 +187,29 @@ RowState<acc_t<T>> tile_state(const T* x, int64_t n, const Exponent<acc_t<T>>& t
     return {max, A(0), A(0)};
   }
   // Equals of the maximum are counted, not summed: one of them is the 1 of the total. Padding lanes
-  // hold -inf and give 0.
-  V rest[2] = {V{}, V{}}, ties[2] = {V{}, V{}}, moment[2] = {V{}, V{}};
-  const auto add = [&](V v, int k) {
-    const auto is_max = v == max;
-    V d = v - max;
-    const V e = exp_scaled(d, t);
-    rest[k] += is_max ? V{} : e;
-    ties[k] += is_max ? splat<V>(A(1)) : V{};
-    if constexpr (MOMENT) moment[k] = vfma(e, d, moment[k]);
-  };
-  int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    add(load(x + i), 0);
-    add(load(x + i + W), 1);
+  // hold -inf and give 0. Sums of sums: a thousand equal terms would all be rounded the same way.
+  V rest{}, ties{}, moment{};
+  for (int64_t begin = 0; begin < n; begin += SUM_BLOCK * W) {
+    V rests[2] = {V{}, V{}}, moments[2] = {V{}, V{}};
+    const auto add = [&](V v, int k) {
+      const auto is_max = v == max;
+      V d = v - max;
+      const V e = exp_scaled(d, t);
+      rests[k] += is_max ? V{} : e;
+      ties += is_max ? splat<V>(A(1)) : V{};
+      if constexpr (MOMENT) moments[k] = vfma(e, d, moments[k]);
+    };
+    const int64_t end = min_of(n, begin + SUM_BLOCK * W);
+    int64_t i = begin;
+    for (; i + 2 * W <= end; i += 2 * W) {
+      add(load(x + i), 0);
+      add(load(x + i + W), 1);
+    }
+    for (; i < end; i += W) add(i + W <= end ? load(x + i) : load_n(x + i, end - i, -INF<A>), 0);
+    rest += rests[0] + rests[1];
+    if constexpr (MOMENT) moment += moments[0] + moments[1];
   }
-  for (; i < n; i += W) add(i + W <= n ? load(x + i) : load_n(x + i, n - i, -INF<A>), 0);
-  return {max, hsum(rest[0] + rest[1]) + (hsum(ties[0] + ties[1]) - A(1)),
-          MOMENT ? hsum(moment[0] + moment[1]) : A(0)};
+  return {max, hsum(rest) + (hsum(ties) - A(1)), MOMENT ? hsum(moment) : A(0)};
 }
 
 template <class A>

@@ -124,7 +124,8 @@ class Progress:
 class Session:
     """One run of one stage: device, log, checkpoints.
 
-    Use: make it, build models and optimisers, ``prepare`` them, ``restore()``, train, ``save_model()``.
+    Use: make it, build models and optimisers, ``prepare`` them, ``restore()``, train,
+    ``save_model()``.
     """
 
     def __init__(self, config: StageConfig, stage: str) -> None:

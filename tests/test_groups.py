@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrlhf_kernels import linear_logprobs
+from fastrlhf_kernels import available_backends, linear_logprobs
 from fastrlhf_kernels._groups import reduce_max, reduce_min_index, shard_range
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 SHARDS = (slice(0, 5), slice(5, 7))  # uneven
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor, group: object) -> list[Tensor]:
+def head(hidden: Tensor, weight: Tensor, bias: Tensor, group: object, backend: str) -> list[Tensor]:
     """Log-probs, entropy, and the gradients of a function of both."""
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     labels = torch.tensor([0, 6, 3, -100, 2, 4])
@@ -31,7 +31,7 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor, group: object) -> list[Te
         temperature=0.7,
         return_entropy=True,
         group=group,
-        backend="ref",
+        backend=backend,
     )
     row_weights = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64)
     (logprobs * row_weights + entropy * row_weights.flip(0)).sum().backward()
@@ -48,11 +48,14 @@ def rank_main(rank: int, store: str) -> None:
     )
     bias[1] = -torch.inf
     mine = SHARDS[rank]
-    whole = head(hidden, weight, bias, None)
-    part = head(hidden, weight[mine], bias[mine], group)
-    expected = [*whole[:3], whole[3][mine], whole[4][mine]]
-    for x, y in zip(part, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    for backend in sorted({"ref", "cpu"} & set(available_backends())):
+        whole = head(hidden, weight, bias, None, backend)
+        part = head(hidden, weight[mine], bias[mine], group, backend)
+        expected = [*whole[:3], whole[3][mine], whole[4][mine]]
+        for x, y in zip(part, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    with pytest.raises(IndexError, match=r"labels must be in \[0, 7\)"):
+        linear_logprobs(hidden, weight[mine], torch.full((6,), 7), group=group)
 
     first, total = shard_range(mine.stop - mine.start, hidden.device, group)
     assert (int(first), int(total)) == (mine.start, 7)

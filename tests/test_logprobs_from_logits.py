@@ -43,8 +43,10 @@ def run(function, logits: Tensor, *args, seed: int = 0, **settings) -> list[Tens
     upstream = [
         torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results
     ]
-    # A log-prob of -inf times its gradient is no number: its upstream gradient goes in directly.
-    (dx,) = torch.autograd.grad(results, x, upstream)
+    leads = [i for i, r in enumerate(results) if r.requires_grad]  # no label: no gradient
+    if not leads:
+        return [*results, torch.zeros_like(x)]
+    (dx,) = torch.autograd.grad([results[i] for i in leads], x, [upstream[i] for i in leads])
     return [*(r.detach() for r in results), dx]
 
 
@@ -88,6 +90,8 @@ def case(
 def test_matches_definition(
     backend: Backend, N, V, K, dtype, label_dtype, temperature, softcap, infinite, seed
 ) -> None:
+    if backend.interpreted:
+        N = min(N, 6)  # some 40 ms a row
     logits, labels = case(N, V, backend, K, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.rand(N, V, generator=generator) < infinite
@@ -95,7 +99,7 @@ def test_matches_definition(
     logits = logits.masked_fill(hidden.to(logits.device), -INF)
     labels[torch.rand(labels.shape, generator=generator).to(labels.device) < 0.2] = -100
     if temperature == "rows":
-        temperature = (torch.rand(N, generator=generator) + 0.2).to(logits.device)
+        temperature = (torch.rand(N, generator=generator) + 0.5).to(logits.device)
     check(backend, logits, labels.to(label_dtype), temperature=temperature, softcap=softcap)
 
 
@@ -283,7 +287,7 @@ def test_temperature_of_rows_is_the_number(backend: Backend) -> None:
     torch.testing.assert_close(number, tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow  # 4 GiB
+# 4 GiB of addresses; on a CPU only the pages that hold a row are ever touched.
 def test_offsets_past_two_to_31(backend: Backend) -> None:
     V, far = 163, 2**31
     storage = torch.empty(far + V, dtype=torch.bfloat16, device=backend.device)

@@ -153,7 +153,7 @@ def linear_forward(
             n1 = min(n, n0 + ROWS)
             state = states[3 * n0 : 3 * n1]
             out = logprobs[n0:n1], None if entropies is None else entropies[n0:n1]
-            for v0 in range(0, max(V, 1), COLUMNS):
+            for v0 in range(0, V, COLUMNS):
                 v1 = min(V, v0 + COLUMNS)
                 z = scratch.piece(scratch.z, n1 - n0, v1 - v0)
                 w = weight[v0:v1].to(rows.hidden.dtype)

@@ -32,7 +32,7 @@ from torch import Tensor
 from . import _native
 from ._checks import check_labels
 from ._native import pointer
-from ._triton import LOG2E, AotConfig, exp2_scaled, jit, log1p, on_device, tanh, tl
+from ._triton import AotConfig, exp_scaled, jit, log1p, on_device, tanh, tl
 
 # Not tuned: 16 columns a lane, so that a tile's loads hide behind each other. To be swept on a GPU
 # by bench/bench_logprobs_from_logits.py. It fixes the order of the sums.
@@ -64,13 +64,13 @@ def load_z(
 
 
 @jit()
-def tile_state(z, c, MOMENT: tl.constexpr):
-    """(max, rest, moment) of a tile; c = log2(e) / T."""
+def tile_state(z, t, MOMENT: tl.constexpr):
+    """(max, rest, moment) of a tile."""
     nan = tl.max(tl.where(z != z, 1, 0), 0) > 0  # tl.max may or may not drop NaN
     z = tl.where(z != z, float("-inf"), z)
     m = tl.max(z, 0)
     is_max = z == m
-    e = exp2_scaled(z, m, c)
+    e = exp_scaled(z, m, t)
     rest = tl.sum(tl.where(is_max, 0.0, e), 0) + (tl.sum(tl.where(is_max, 1.0, 0.0), 0) - 1.0)
     rest = tl.where(m == float("-inf"), 0.0, rest)
     rest = tl.where(nan | (m == float("inf")), float("nan"), rest)
@@ -81,14 +81,14 @@ def tile_state(z, c, MOMENT: tl.constexpr):
 
 
 @jit()
-def combine(m1, rest1, moment1, m2, rest2, moment2, c):
+def combine(m1, rest1, moment1, m2, rest2, moment2, t):
     """The state of two tiles together."""
     m = tl.maximum(m1, m2)
     low = tl.minimum(m1, m2)
     left = m1 >= m2
     rest = tl.where(left, rest1, rest2)
     moved = 1.0 + tl.where(left, rest2, rest1)
-    e = exp2_scaled(low, m, c)  # 0 for an empty tile
+    e = exp_scaled(low, m, t)  # 0 for an empty tile
     d = tl.where(e == 0.0, 0.0, low - m)
     moment = tl.where(left, moment1, moment2)
     moment += e * (tl.where(left, moment2, moment1) + moved * d)
@@ -97,15 +97,15 @@ def combine(m1, rest1, moment1, m2, rest2, moment2, c):
 
 @jit()
 def scan_row(
-    x, bias, V, m, rest, moment, c, scale, cap, some,
+    x, bias, V, m, rest, moment, t, scale, cap, some,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MOMENT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The state of a row with V more columns behind it."""
     lane = tl.arange(0, BLOCK_V)
     for i in range(tl.cdiv(V, BLOCK_V)):
         z = load_z(x, bias, i * BLOCK_V + lane, V, scale, cap, some, HAS_BIAS, HAS_CAP)
-        m2, rest2, moment2 = tile_state(z, c, MOMENT)
-        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, c)
+        m2, rest2, moment2 = tile_state(z, t, MOMENT)
+        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t)
     return m, rest, moment
 
 
@@ -129,7 +129,6 @@ def _forward_kernel(
     logprobs += row * K
     if HAS_TEMPERATURES:
         temperature = tl.load(temperatures + row)
-    c = LOG2E / temperature
     n_valid = 0
     for k in range(K):
         n_valid += tl.where(tl.load(labels + k) != ignore_index, 1, 0)
@@ -141,7 +140,20 @@ def _forward_kernel(
         rest = tl.load(state + N + row)
         moment = tl.load(state + 2 * N + row)
     m, rest, moment = scan_row(
-        x, bias, V, m, rest, moment, c, scale, cap, some, HAS_BIAS, HAS_CAP, HAS_ENTROPY, BLOCK_V
+        x,
+        bias,
+        V,
+        m,
+        rest,
+        moment,
+        temperature,
+        scale,
+        cap,
+        some,
+        HAS_BIAS,
+        HAS_CAP,
+        HAS_ENTROPY,
+        BLOCK_V,
     )
     if END:
         rest = tl.where(some & (m == float("-inf")), float("nan"), rest)
@@ -203,7 +215,7 @@ def _backward_kernel(
         e = tl.exp(-2.0 * tl.abs(z / cap))
         slope = scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
         z = cap * tanh(z / cap)
-    p = exp2_scaled(z, m, LOG2E / temperature) / (1.0 + rest)
+    p = exp_scaled(z, m, temperature) / (1.0 + rest)
     not_p = tl.where(z == m, rest / (1.0 + rest), 1.0 - p)
     dz = own * not_p - (total - own) * p
     if HAS_ENTROPY:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._logprob_rows import BLOCK_V, NUM_WARPS, load_z, scan_row
-from ._triton import LOG2E, AotConfig, exp2_scaled, jit, log1p, on_device, philox_uniforms, tl
+from ._triton import AotConfig, exp_scaled, jit, log1p, on_device, philox_uniforms, tl
 
 SAMPLE_TILE = 1024  # part of the specification: another width draws other tokens
 
@@ -23,7 +23,7 @@ def _keys(z):
 
 
 @jit()
-def _above(x, V, bound, m, c, BLOCK_V: tl.constexpr):
+def _above(x, V, bound, m, t, BLOCK_V: tl.constexpr):
     """How many keys of the row are above `bound`, and their mass."""
     lane = tl.arange(0, BLOCK_V)
     count = 0
@@ -32,12 +32,12 @@ def _above(x, V, bound, m, c, BLOCK_V: tl.constexpr):
         z = load_z(x, x, i * BLOCK_V + lane, V, 1.0, 1.0, True, False, False)
         inside = _keys(z) > bound
         count += tl.sum(tl.where(inside, 1, 0), 0)
-        mass += tl.sum(tl.where(inside, exp2_scaled(z, m, c), 0.0), 0)
+        mass += tl.sum(tl.where(inside, exp_scaled(z, m, t), 0.0), 0)
     return count, mass
 
 
 @jit()
-def _prefix(x, V, k, limit, m, c, BLOCK_V: tl.constexpr):
+def _prefix(x, V, k, limit, m, t, BLOCK_V: tl.constexpr):
     """(threshold, ties, mass): what is above the threshold, and the first `ties` equal to it.
 
     The longest prefix of the sorted logits in which every token has fewer than k before it and less
@@ -47,14 +47,14 @@ def _prefix(x, V, k, limit, m, c, BLOCK_V: tl.constexpr):
     high = _keys(m).to(tl.int64)
     for _ in range(32):
         middle = (low + high) >> 1
-        count, mass = _above(x, V, middle, m, c, BLOCK_V)
+        count, mass = _above(x, V, middle, m, t, BLOCK_V)
         goes_on = (count < k) & (mass < limit)
         high = tl.where(goes_on, middle, high)
         low = tl.where(goes_on, low, middle)
-    count, mass = _above(x, V, high, m, c, BLOCK_V)
+    count, mass = _above(x, V, high, m, t, BLOCK_V)
     bits = high.to(tl.int32)
     z = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    e = exp2_scaled(z, m, c)
+    e = exp_scaled(z, m, t)
     by_mass = tl.ceil((limit - mass) / tl.where(e > 0.0, e, 1.0))
     ties = tl.minimum(k - count, tl.where((e > 0.0) & (by_mass < V), by_mass, V * 1.0).to(tl.int32))
     ties = tl.maximum(ties, tl.where(count == 0, 1, 0))
@@ -63,12 +63,12 @@ def _prefix(x, V, k, limit, m, c, BLOCK_V: tl.constexpr):
 
 @jit()
 def _tile_masses(
-    x, V, tile, ties, threshold, least_mass, m, c,
+    x, V, tile, ties, threshold, least_mass, m, t,
     FILTER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(logits, kept masses) of a tile, and how many equals of the threshold are left after it."""
     z = load_z(x, x, tile * TILE + tl.arange(0, TILE), V, 1.0, 1.0, True, False, False)
-    e = exp2_scaled(z, m, c)
+    e = exp_scaled(z, m, t)
     if FILTER:
         keys = _keys(z)
         equal = tl.where(keys == threshold, 1, 0)
@@ -96,10 +96,9 @@ def _sample_kernel(
         min_p = tl.load(min_ps + row)
     greedy = temperature == 0.0
     t = tl.where(greedy, 1.0, temperature)
-    c = LOG2E / t
     m, rest, moment = float("-inf"), 0.0, 0.0
     m, rest, moment = scan_row(
-        x, x, V, m, rest, moment, c, 1.0, 1.0, True, False, False, False, BLOCK_V
+        x, x, V, m, rest, moment, t, 1.0, 1.0, True, False, False, False, BLOCK_V
     )
     bad = (m == float("-inf")) | (rest != rest)
     m = tl.where(bad, 0.0, m)
@@ -110,10 +109,10 @@ def _sample_kernel(
     kept_mass = 1.0 + rest
     if HAS_K:
         k = tl.where(top_k == 0, V, tl.minimum(top_k, V))
-        threshold, ties, kept_mass = _prefix(x, V, k, float("inf"), m, c, BLOCK_V)
+        threshold, ties, kept_mass = _prefix(x, V, k, float("inf"), m, t, BLOCK_V)
     if HAS_P:
         limit = tl.where(top_p == 1.0, float("inf"), top_p * kept_mass)
-        high, p_ties, _ = _prefix(x, V, V, limit, m, c, BLOCK_V)
+        high, p_ties, _ = _prefix(x, V, V, limit, m, t, BLOCK_V)
         same = tl.where(high == threshold, tl.minimum(ties, p_ties), ties)
         ties = tl.where(high > threshold, p_ties, same)
         threshold = tl.maximum(threshold, high)
@@ -127,7 +126,7 @@ def _sample_kernel(
     tops = 0.0
     first_top = V
     for i in range(n_tiles):
-        z, e, left = _tile_masses(x, V, i, left, threshold, min_p, m, c, FILTER, TILE)
+        z, e, left = _tile_masses(x, V, i, left, threshold, min_p, m, t, FILTER, TILE)
         is_top = (z == m) & (e > 0.0)
         total += tl.sum(e, 0)
         kept_rest += tl.sum(tl.where(is_top, 0.0, e), 0)
@@ -143,13 +142,13 @@ def _sample_kernel(
     mass = 0.0
     for i in range(n_tiles):
         before = left
-        z, e, left = _tile_masses(x, V, i, left, threshold, min_p, m, c, FILTER, TILE)
+        z, e, left = _tile_masses(x, V, i, left, threshold, min_p, m, t, FILTER, TILE)
         s = tl.sum(e, 0)
         take = (s > 0.0) & ((mass <= aim) | (i == 0))
         chosen = tl.where(take, i, chosen)
         chosen_left = tl.where(take, before, chosen_left)
         mass += s
-    z, e, left = _tile_masses(x, V, chosen, chosen_left, threshold, min_p, m, c, FILTER, TILE)
+    z, e, left = _tile_masses(x, V, chosen, chosen_left, threshold, min_p, m, t, FILTER, TILE)
     past = (tl.cumsum(e, 0) > u1 * tl.sum(e, 0)) & (e > 0.0)
     first = tl.min(tl.where(past, lane, TILE), 0)
     last = tl.max(tl.where(e > 0.0, lane, 0), 0)

@@ -25,7 +25,7 @@ __all__ = [
     "LOG2E",
     "AotConfig",
     "exp",
-    "exp2_scaled",
+    "exp_scaled",
     "expm1",
     "jit",
     "log1p",
@@ -114,13 +114,13 @@ def exp(x):
 
 
 @jit()
-def exp2_scaled(x, m, c):
-    """exp2((x - m) * c), 0 where x is -inf, even where m is too.
+def exp_scaled(x, m, t):
+    """exp((x - m) / t), 0 where x is -inf, even where m is too.
 
-    With c = LOG2E / temperature this is exp((x - m) / temperature). The maximum is subtracted
-    before scaling: folded into the scaled load, a large offset would cost digits.
+    The maximum is subtracted before scaling: folded into the scaled load, a large offset would cost
+    digits.
     """
-    return tl.where(x == float("-inf"), 0.0, tl.exp2((x - m) * c))
+    return tl.where(x == float("-inf"), 0.0, exp((x - m) / t))
 
 
 @jit()

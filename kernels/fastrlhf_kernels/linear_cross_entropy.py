@@ -71,6 +71,8 @@ def linear_cross_entropy_ref(
     assert isinstance(logprobs, Tensor)
     if normalizer is None:
         normalizer = (labels != ignore_index).sum().clamp(min=1)
+    elif isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach().to(logprobs.dtype)  # an fp64 count makes no fp64 loss
     return -logprobs.sum() / normalizer
 
 

@@ -354,7 +354,7 @@ def linear_logprobs(
     """
     op = "linear_logprobs"
     check_linear(op, hidden, weight, labels, bias, logit_scale, softcap, temperature)
-    if group is None and weight.shape[0] < 1:
+    if weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must have shape (V, H), V >= 1, got {tuple(weight.shape)}")
     backend = choose(op, (hidden, weight), backend, IMPLEMENTATIONS)
     if backend == "ref":

@@ -125,7 +125,8 @@ def sample_ref(
     kept &= ~greedy | (place == 0)
     mass = torch.where(torch.zeros_like(kept).scatter(-1, order, kept), mass, 0.0)
 
-    tiles = torch.nn.functional.pad(mass.double(), (0, -V % SAMPLE_TILE)).view(B, -1, SAMPLE_TILE)
+    tiles = torch.nn.functional.pad(mass.double(), (0, -V % SAMPLE_TILE))
+    tiles = tiles.view(B, -(-V // SAMPLE_TILE), SAMPLE_TILE)
     x0, x1 = philox_ref(seeds.to(torch.int64), positions.to(torch.int64))
     u0, u1 = ((x.to(z.dtype)[:, None] * 2.0**-32).double() for x in (x0, x1))
     tile = _pick(tiles.sum(-1), u0)
