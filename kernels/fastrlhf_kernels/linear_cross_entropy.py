@@ -4,13 +4,15 @@
     loss   = -sum over valid rows of log softmax(logits)[label] / normalizer
 
 Shapes: hidden (..., H), weight (V, H), bias (V), labels (...); loss is 0-d. Dtypes: fp32, bf16,
-fp16 or fp64; arithmetic and the loss are fp32, or fp64 if an argument is. `normalizer` defaults to
+fp16 or fp64; arithmetic and the loss are fp32, or fp64 if hidden or weight is. `normalizer` defaults to
 the number of valid rows; with none the loss is 0, and so are the gradients.
 
 Promises: those of linear_logprobs. Backends other than `ref` make the gradient in the forward pass,
 by chunks of rows, if an argument requires one (three matrix products, not four), and hold the
 logits of a chunk alone. What is held between the passes is the gradient itself, in the arguments'
-dtypes; the weight's is summed in fp32. The upstream gradient of the scalar only scales it.
+dtypes; the weight's is summed in fp32. The upstream gradient of the scalar only scales it, so that
+with fp16 arguments a loss scaler cannot save what the division by a large normalizer has already
+made too small for fp16: scale by the normalizer instead, or use bf16.
 
 Source: Ouyang et al. 2022, section 3.5, the ptx term; the gradient made in the forward pass: Liger
 kernel, Hsu et al. 2024.
