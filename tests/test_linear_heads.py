@@ -123,9 +123,13 @@ def test_vocabularies_about_the_tiles_widths(backend: Backend, op: str, V: int) 
 @BOTH
 @pytest.mark.parametrize("dtype", HALVES)
 def test_sums_over_pieces_of_halves(backend: Backend, op: str, dtype: torch.dtype) -> None:
-    """They stay in fp32: over many pieces, all pulling one way, roundings would add up."""
-    hidden, weight, labels, bias = case(121, 31, 9, backend, dtype)
-    check(backend, op, hidden.abs(), weight, torch.zeros_like(labels), bias=bias)
+    """They stay in fp32: what later pieces add would be lost in a half's first large sum."""
+    hidden, weight, labels, bias = case(61, 31, 9, backend)
+    hidden = 0.05 * hidden.abs()
+    hidden[:4] *= 512.0 if dtype == torch.bfloat16 else 4096.0
+    weight[0] = -weight.abs().amax(0)  # an unlikely label: each row pulls at it with all its weight
+    hidden, weight, bias = (x.to(dtype) for x in (hidden, weight, bias))
+    check(backend, op, hidden, weight, torch.zeros_like(labels), bias=bias)
 
 
 @BOTH

@@ -4,8 +4,8 @@
     loss   = -sum over valid rows of log softmax(logits)[label] / normalizer
 
 Shapes: hidden (..., H), weight (V, H), bias (V), labels (...); loss is 0-d. Dtypes: fp32, bf16,
-fp16 or fp64; arithmetic and the loss are fp32, or fp64 if hidden or weight is. `normalizer` defaults to
-the number of valid rows; with none the loss is 0, and so are the gradients.
+fp16 or fp64; arithmetic and the loss are fp32, or fp64 if hidden or weight is. `normalizer`
+defaults to the number of valid rows; with none the loss is 0, and so are the gradients.
 
 Promises: those of linear_logprobs. Backends other than `ref` make the gradient in the forward pass,
 by chunks of rows, if an argument requires one (three matrix products, not four), and hold the
