@@ -12,9 +12,8 @@
 // the logits of the labels seen so far, -inf of the others.
 #include "op.h"
 
-FASTRLHF_OP(first_bad_label, "bad[0] = the place of the first label not in [0, V) and not ignored, "
-            "or -1.", const int64_t* labels, int64_t n, int64_t V, int64_t ignore_index,
-            int64_t* bad)
+FASTRLHF_OP(check_labels, "An error if a label is neither in [0, V) nor ignored.",
+            const int64_t* labels, int64_t n, int64_t V, int64_t ignore_index)
 FASTRLHF_OP(logprobs_from_logits, "Log-probs and, where entropy is not null, the entropy (N).",
             const void* x, const void* bias, const int64_t* labels, const void* temperatures,
             void* state, void* logprobs, void* entropy, int64_t N, int64_t V, int64_t K,
@@ -50,16 +49,12 @@ int64_t offset_of(int64_t n, int64_t inner, int64_t outer_stride, int64_t inner_
 
 }  // namespace
 
-FASTRLHF_KERNEL(first_bad_label)(const int64_t* labels, int64_t n, int64_t V,
-                                 int64_t ignore_index, int64_t* bad) {
-  bad[0] = -1;
+FASTRLHF_KERNEL(check_labels)(const int64_t* labels, int64_t n, int64_t V, int64_t ignore_index) {
+  bool bad = false;
   for (int64_t i = 0; i < n; ++i) {
-    if ((labels[i] < 0 || labels[i] >= V) && labels[i] != ignore_index) {
-      bad[0] = i;
-      break;
-    }
+    bad |= (labels[i] < 0 || labels[i] >= V) && labels[i] != ignore_index;
   }
-  return nullptr;
+  return bad ? "a label is out of range" : nullptr;
 }
 
 FASTRLHF_KERNEL(logprobs_from_logits)(const void* x, const void* bias, const int64_t* labels,

@@ -248,24 +248,34 @@ FASTRLHF_INLINE void store_n(T* p, vec_t<acc_t<T>> v, int64_t n) {
 
 // ---- over the lanes: the upper half onto the lower, until one is left
 
+template <class E, int BYTES>
+struct piece_of {
+  typedef E type __attribute__((vector_size(BYTES)));
+};
+
+template <class E, int BYTES, class P, class F>
+FASTRLHF_INLINE E fold(P v, const F& f) {
+  if constexpr (BYTES > 16) {  // halves in registers: through memory each step would stall
+    typename piece_of<E, BYTES / 2>::type low, high;
+    __builtin_memcpy(&low, &v, BYTES / 2);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + BYTES / 2, BYTES / 2);
+    return fold<E, BYTES / 2>(f(low, high), f);
+  } else if constexpr (sizeof(E) == 4) {
+    const E a = f(v[0], v[2]), b = f(v[1], v[3]);
+    return f(a, b);
+  } else {
+    return f(E(v[0]), E(v[1]));
+  }
+}
+
 template <class V>
 FASTRLHF_INLINE elem_t<V> hsum(V v) {
-  elem_t<V> t[lanes<V>];
-  __builtin_memcpy(t, &v, sizeof(v));
-  for (int half = lanes<V> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) t[i] = t[i] + t[i + half];
-  }
-  return t[0];
+  return fold<elem_t<V>, VEC_BYTES>(v, [](auto a, auto b) { return a + b; });
 }
 
 template <class V>
 FASTRLHF_INLINE elem_t<V> hmax(V v) {  // no NaN among the lanes
-  elem_t<V> t[lanes<V>];
-  __builtin_memcpy(t, &v, sizeof(v));
-  for (int half = lanes<V> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
-  }
-  return t[0];
+  return fold<elem_t<V>, VEC_BYTES>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- functions of one scalar: libm's own symbols, so that no inline wrapper is emitted

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import _native
@@ -366,7 +365,9 @@ def refuse_bad_labels(op: str, labels: Tensor, V: int, ignore_index: int) -> Non
     if labels.is_cuda or _native.cpu is None:
         check_labels(op, labels, V, ignore_index)
         return
-    bad = torch.empty(1, dtype=torch.int64)
-    _native.cpu.first_bad_label(labels.data_ptr(), labels.numel(), V, ignore_index, bad.data_ptr())
-    if int(bad) >= 0:
-        check_labels(op, labels, V, ignore_index)
+    try:
+        _native.cpu.check_labels(labels.data_ptr(), labels.numel(), V, ignore_index)
+        return
+    except ValueError:
+        pass  # and now slowly, to say which
+    check_labels(op, labels, V, ignore_index)

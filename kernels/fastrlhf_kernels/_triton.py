@@ -89,7 +89,6 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-LOG2E: Any = None  # op files import it, Triton or not
 if triton is not None:
     LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E)
     LN2_HIGH = tl.constexpr(
