@@ -5,9 +5,9 @@ as they would on real data: each reads files and writes a run folder. ``run_seed
 phases in order and leaves ``results.json`` and ``arrays.npz`` in the seed's folder. A killed one
 goes on where it was: phases that are done are skipped, the one that was cut resumes.
 
-The settings below were chosen on development seeds 1000 to 1003. The demonstration counts seeds from
-0; of these, seed 0 had served a trial up to SFT that shaped the world's mix of tasks, and seeds 0 to
-4 the choice of the labelers' noise.
+The settings below were chosen on development seeds 1000 to 1003. The demonstration counts seeds
+from 0. Of these, seed 0 had served a trial up to SFT that shaped the world's mix of tasks, and
+seeds 0 to 4 the choice of the labelers' noise.
 """
 
 from __future__ import annotations
