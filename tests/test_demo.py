@@ -123,4 +123,4 @@ def test_a_failing_seed_is_named_with_the_end_of_its_log(tmp_path: Path) -> None
     # A file where the base model's folder should be.
     (folder / "base").write_text("in the way", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r"seed 0 ended with exit code 1(.|\n)*base"):
-        command.run(command.DemoConfig(out=out, seeds=1))
+        command.run(command.DemoConfig(out=out, seeds=1, first_seed=0))

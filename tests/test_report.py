@@ -250,7 +250,7 @@ def test_the_hidden_rule_is_joined_to_samples(seeds: list[Seed]) -> None:
 
 
 def test_the_command_names_the_seeds() -> None:
-    assert command([0, 1], False) == "fastrlhf demo --seeds 2"
+    assert command([0, 1], False) == "fastrlhf demo --seeds 2 --first-seed 0"
     assert command([5, 6, 7], True) == "fastrlhf demo --full --seeds 3 --first-seed 5"
 
 

@@ -2,7 +2,7 @@
 
     fastrlhf demo                    # two seeds, claims 1, 4, 6, 7 and 8, minutes on two CPU cores
     fastrlhf demo --full             # all eight claims, under an hour
-    fastrlhf demo --seeds 5 --first-seed 2 --out runs/more
+    fastrlhf demo --seeds 4 --first-seed 12 --out runs/more
 
 Each seed goes from a blank model through pretraining, SFT, reward model, PPO and PPO-ptx, in a
 process of its own: at this size one core a seed is faster than two cores for one. At the end the
@@ -27,7 +27,7 @@ from rich.console import Console
 
 from fastrlhf.config import require
 from fastrlhf.demo.claims import by_seed, judge_claims, load_seed
-from fastrlhf.demo.miniature import SeedRun, Settings, phases
+from fastrlhf.demo.miniature import FIRST_SEED, SeedRun, Settings, phases
 from fastrlhf.demo.page import write_page
 from fastrlhf.demo.text import print_claims
 from fastrlhf.errors import UserError
@@ -55,12 +55,12 @@ class DemoConfig:
     """Settings of the demonstration."""
 
     out: Path = Path("runs/demo")
-    """Folder for everything: seed-0/, seed-1/, ..., claims.json, report.html."""
+    """Folder for everything: seed-10/, seed-11/, ..., claims.json, report.html."""
     full: bool = False
     """All eight claims: a large base model, a long SFT, PPO at other betas and gammas."""
     seeds: int = 2
     """How many seeds to run and pool."""
-    first_seed: int = 0
+    first_seed: int = FIRST_SEED
     """The first of them; each makes a world, models and samples of its own."""
     workers: int = 0
     """Seeds at a time; 0: one a CPU core."""

@@ -225,9 +225,7 @@ def command(seeds: Sequence[int], full: bool) -> str:
     words = ["fastrlhf demo"]
     if full:
         words.append("--full")
-    words.append(f"--seeds {len(seeds)}")
-    if seeds[0] != 0:
-        words.append(f"--first-seed {seeds[0]}")
+    words.append(f"--seeds {len(seeds)} --first-seed {seeds[0]}")
     return " ".join(words)
 
 

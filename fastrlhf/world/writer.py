@@ -60,7 +60,7 @@ class WorldSizes:
     probe: int = 1_000
     demonstrations: int = 1_500
     demonstrations_validation: int = 400
-    prompts_rm: int = 6_000
+    prompts_rm: int = 12_000
     prompts_ppo: int = 10_000
     prompts_validation: int = 500
     prompts_test: int = 1_000
