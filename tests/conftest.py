@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 
-from oracle import Backend, backends_for, instruction_set
+from oracle import COMPARED, Backend, backends_for, counting, instruction_set
 
 # The same examples in every run, so that a failure is one of the code. To look for new ones:
 # pytest --hypothesis-profile=explore
@@ -38,8 +38,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with instruction_set(request.param.isa):
+    with instruction_set(request.param.isa), counting() as found:
         yield request.param
+    if found.count and request.param.name != "ref":
+        row = {"op": request.module.OP, "backend": request.param.label}
+        row |= {"count": found.count, "share": found.share}
+        request.node.user_properties.append((COMPARED, row))
 
 
-pytest_plugins = ["trainer_fixtures"]
+pytest_plugins = ["trainer_fixtures", "errors_table"]

@@ -22,6 +22,10 @@ ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 0.51, torch.bfloa
 # Triton's interpreter truncates what it stores in bf16, where a GPU rounds: one unit, not half.
 INTERPRETED_BF16_ULPS = 1.01
 
+# Under these names tests hand what they measured to errors_table.py, in their `user_properties`.
+MEASURED = "fastrlhf_measured"  # dict(op, dtype, what, backend, error, own)
+COMPARED = "fastrlhf_compared"  # dict(op, backend, count, share)
+
 
 class Backend(NamedTuple):
     """A backend under test, and the device its tensors live on."""
@@ -29,6 +33,10 @@ class Backend(NamedTuple):
     name: str
     device: str
     isa: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.isa is None else f"{self.name}-{self.isa}"
 
     @property
     def interpreted(self) -> bool:
@@ -72,6 +80,31 @@ def instruction_set(isa: str | None) -> Iterator[None]:
         _native.cpu.set_isa(before)
 
 
+class Comparisons:
+    """Counts what `assert_accurate` compares, and the largest share of a bound that was used."""
+
+    def __init__(self) -> None:
+        self.count, self.share = 0, 0.0
+
+    def add(self, share: float) -> None:
+        self.count += 1
+        self.share = max(self.share, share)
+
+
+_comparisons: Comparisons | None = None
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Comparisons]:
+    """Counts the comparisons of a block."""
+    global _comparisons
+    before, _comparisons = _comparisons, Comparisons()
+    try:
+        yield _comparisons
+    finally:
+        _comparisons = before
+
+
 def assert_accurate(
     actual: Tensor,
     reference: Tensor,
@@ -106,6 +139,8 @@ def assert_accurate(
         ulps = INTERPRETED_BF16_ULPS
     bound = 2.0 * own + ulps * info.eps * oracle.abs().clamp(min=terms) + info.tiny
     error = (actual.double() - oracle).abs()
+    if _comparisons is not None:
+        _comparisons.add(float((error / bound)[finite].max()))
     worst = (error - bound).nan_to_num(nan=torch.inf, posinf=torch.inf)[finite].max()
     assert float(worst) <= 0.0, (
         f"error {float(error[finite].max()):.3g} is past the bound by {float(worst):.3g}; "
