@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | wheel | clean
+# make demo | test | asan | bench | lint | wheel | clean
 #
 # Needs python3 (3.10 to 3.13), git and a package index; each target makes .venv first if need be.
 # A C++ compiler and nvcc are used where they are found; what is missing is said, and survived.
@@ -18,18 +18,34 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILT := .venv/.built
 INSTALLED := .venv/.installed
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.py)
+OPS := $(basename $(notdir $(wildcard kernels/fastrlhf_kernels/[a-z]*.py)))
+ASAN_TESTS := $(OPS:%=tests/test_%.py) $(wildcard tests/test_linear_heads.py) tests/test_build.py \
+  tests/test_sanitizer.py
+library = $(shell $${CXX:-c++} -print-file-name=$(1))
 SAY_PARTS := import json; \
   parts = json.load(open("kernels/fastrlhf_kernels/_build_info.json")); \
   [print(f"fastrlhf: {name} part:", "built" if part["built"] else "NOT built: " + part["reason"]) \
    for name, part in parts.items()]
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test asan bench lint wheel clean
 
 demo: $(BUILT)
 	$(BIN)/fastrlhf demo $(ARGS)
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(TEST_ARGS)
+
+# The op tests of the C++ kernels on a build of their own, under AddressSanitizer and UBSan. Python
+# does not load their run-time library, so it is loaded first; leaks are not looked for, since
+# neither Python nor torch frees everything at its end.
+asan: $(INSTALLED)
+	FASTRLHF_SANITIZE=address $(BIN)/python setup.py -q build --build-lib build/asan
+	LD_PRELOAD="$(call library,libasan.so) $(call library,libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH=build/asan OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -m "not slow" -k "cpu or baseline or avx2 or avx512 or pool" \
+	  -n $(WORKERS) --dist loadfile $(ASAN_TESTS) $(TEST_ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

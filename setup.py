@@ -12,6 +12,7 @@ C++ that a working compiler refuses fails the install. Environment:
 
     FASTRLHF_SKIP_NATIVE=1       build neither part
     FASTRLHF_CUDA_ARCHS          default "80-real;90a-real;90-virtual", as CMake writes them
+    FASTRLHF_SANITIZE=address    the C++ part alone, for `make asan`: AddressSanitizer and UBSan
     CXX, CUDA_HOME               the compiler, and the toolkit that holds bin/nvcc
     MAX_JOBS                     compiles side by side; default: ninja's own choice
 """
@@ -51,6 +52,8 @@ CXX_FLAGS = (
 )
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -DFASTRLHF_ISA=cuda"
 CUDA_ARCHS = "80-real;90a-real;90-virtual"
+SANITIZE = os.environ.get("FASTRLHF_SANITIZE", "")
+SANITIZE_FLAGS = "-fsanitize=address,undefined -fno-omit-frame-pointer -g -O1"
 
 
 class Missing(Exception):
@@ -191,13 +194,15 @@ def link_flags() -> str:
 def build_cpu(output: Path) -> dict[str, object]:
     """Compiles and links `_cpu`; returns what the record says of it."""
     cxx = find_cxx()
-    folder = BUILD / f"cpu-{sysconfig.get_config_var('SOABI')}"
+    sanitize = SANITIZE_FLAGS if SANITIZE else ""
+    kind = "cpu-sanitized" if SANITIZE else "cpu"
+    folder = BUILD / f"{kind}-{sysconfig.get_config_var('SOABI')}"
     check = f"{shlex.quote(sys.executable)} {shlex.quote(str(CSRC / 'check_symbols.py'))}"
     ninja = Ninja(
         {
-            "cxx": f"{cxx} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
+            "cxx": f"{cxx} {CXX_FLAGS} {sanitize} $flags -MMD -MF $out.d -c $in -o $out",
             "check": f"{check} $out $in",
-            "link": f"{cxx} {link_flags()} $in -o $out -pthread",
+            "link": f"{cxx} {link_flags()} {sanitize} $in -o $out -pthread",
         }
     )
     objects = []
@@ -217,11 +222,14 @@ def build_cpu(output: Path) -> dict[str, object]:
     ninja.run(folder)
     install(library, output)
     version = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True)
-    return {"compiler": version.stdout.splitlines()[0] if version.stdout else cxx, "isas": isas}
+    compiler = version.stdout.splitlines()[0] if version.stdout else cxx
+    return {"compiler": compiler, "isas": isas, **({"sanitize": SANITIZE} if SANITIZE else {})}
 
 
 def build_cuda(output: Path) -> dict[str, object]:
     """Compiles and links `_cuda`; returns what the record says of it."""
+    if SANITIZE:
+        raise Missing(f"FASTRLHF_SANITIZE={SANITIZE} was set, which is for the C++ part")
     nvcc, cxx = find_nvcc(), find_cxx()
     archs = os.environ.get("FASTRLHF_CUDA_ARCHS") or CUDA_ARCHS
     folder = BUILD / f"cuda-{sysconfig.get_config_var('SOABI')}"
@@ -265,6 +273,10 @@ class BuildNative(build_ext):
         """Builds what this machine can build and writes down what it cannot."""
         # An editable install copies from the build folder to the tree by itself, record excepted.
         here = self.inplace or getattr(self, "editable_mode", False)
+        if SANITIZE not in ("", "address"):
+            raise SystemExit(f"FASTRLHF_SANITIZE must be address, got {SANITIZE!r}")
+        if SANITIZE and here:
+            raise SystemExit("FASTRLHF_SANITIZE: not in place of the normal build; see `make asan`")
         record: dict[str, dict[str, object]] = {}
         for part, build in (("cpu", build_cpu), ("cuda", build_cuda)):
             output = Path(self.get_ext_fullpath(f"{PACKAGE}._{part}")).resolve()

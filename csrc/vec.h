@@ -213,7 +213,9 @@ FASTRLHF_INLINE void store(T* p, vec_t<acc_t<T>> v) {
   }
 }
 
-#if defined(__AVX512F__)
+// AddressSanitizer does not look into masked intrinsics: its build takes the loops.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
+#define FASTRLHF_MASKED_LANES
 FASTRLHF_INLINE __mmask16 first_lanes(int64_t n) {
   return n >= 16 ? ALL_LANES : static_cast<__mmask16>((1 << n) - 1);
 }
@@ -223,7 +225,7 @@ FASTRLHF_INLINE __mmask16 first_lanes(int64_t n) {
 template <class T>
 FASTRLHF_INLINE vec_t<acc_t<T>> load_n(const T* p, int64_t n, acc_t<T> fill) {
   using V = vec_t<acc_t<T>>;
-#if defined(__AVX512F__)
+#if defined(FASTRLHF_MASKED_LANES)
   if constexpr (is_float<T>) return _mm512_mask_loadu_ps(splat<V>(fill), first_lanes(n), p);
 #endif
   V v = splat<V>(fill);
@@ -235,7 +237,7 @@ FASTRLHF_INLINE vec_t<acc_t<T>> load_n(const T* p, int64_t n, acc_t<T> fill) {
 
 template <class T>
 FASTRLHF_INLINE void store_n(T* p, vec_t<acc_t<T>> v, int64_t n) {
-#if defined(__AVX512F__)
+#if defined(FASTRLHF_MASKED_LANES)
   if constexpr (is_float<T>) {
     _mm512_mask_storeu_ps(p, first_lanes(n), v);
     return;
@@ -363,10 +365,10 @@ FASTRLHF_INLINE vf vexp(vf x) {
 FASTRLHF_INLINE vf vlog(vf x) {
   // x = m 2^e with m in [sqrt 1/2, sqrt 2); log m = 2 atanh s with s = (m - 1) / (m + 1).
   const vi denormal = x < 0x1p-126f;
-  const vi u = bits_as<vi>(denormal ? x * 0x1p23f : x);
-  const vi exponent = (u - 0x3f3504f3) >> 23;  // the bits of sqrt 1/2
+  const vu u = bits_as<vu>(denormal ? x * 0x1p23f : x);  // unsigned: a negative x may wrap
+  const vi exponent = bits_as<vi>(u - 0x3f3504f3u) >> 23;  // the bits of sqrt 1/2
   const vf e = __builtin_convertvector(exponent - (denormal & 23), vf);
-  const vf m = bits_as<vf>(u - (exponent << 23));
+  const vf m = bits_as<vf>(u - (bits_as<vu>(exponent) << 23));
   const vf f = m - 1.0f;
   const vf s = f / (m + 1.0f);
   const vf z = s * s;
