@@ -2,11 +2,13 @@
 
 Every op runs once on a tiny input on every backend that it has here, and its values are compared
 with those of `ref`: "yes" in the table means that it ran and agreed. `--kernels` compiles the
-Triton kernels ahead of time and lists their registers and shared memory; that needs no GPU.
+Triton and CUDA kernels ahead of time and lists their registers and shared memory, which needs no
+GPU; `--ops gae whiten` does it for these ops alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -15,6 +17,7 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,14 @@ import torch
 from torch import Tensor
 
 import fastrlhf_kernels as kernels
+from fastrlhf.config import require
 from fastrlhf.errors import UserError
 from fastrlhf.runlog import progress
-from fastrlhf_kernels import BackendUnavailable, _aot, _env, _native, use_backend
+from fastrlhf.toml_source import did_you_mean
+from fastrlhf_kernels import BackendUnavailable, _aot, _env, _native, _triton, use_backend
+from fastrlhf_kernels._aot import Compiled
 from fastrlhf_kernels._backends import BACKENDS
+from fastrlhf_kernels._triton import AotConfig
 
 # What a run uses; the last two are optional.
 PACKAGES = (
@@ -51,15 +58,29 @@ class DoctorConfig:
     """What to look at."""
 
     kernels: bool = False
-    """Also compile the Triton kernels ahead of time and list registers and shared memory (slow)."""
+    """Also compile the Triton and CUDA kernels ahead of time, for every target GPU, and list their
+    registers and shared memory: some minutes; no GPU is needed."""
+
+    ops: tuple[str, ...] = ()
+    """Compile the kernels of these ops alone, such as `--ops gae whiten`; implies --kernels."""
+
+    def __post_init__(self) -> None:
+        valid = _aot.ops()
+        for op in self.ops:
+            hint = did_you_mean(op, valid)
+            require(op in valid, "ops", f"no op '{op}'{hint}; valid: {', '.join(valid)}")
 
 
 def run(config: DoctorConfig) -> None:
     """Print the report.
 
     Raises:
-        UserError: a kernel disagrees with its reference, or `--kernels` in the interpreter.
+        UserError: a kernel disagrees with its reference, spills registers or needs more shared
+            memory than there is, or `--kernels` in the interpreter.
     """
+    compiles = config.kernels or bool(config.ops)
+    if compiles and _env.INTERPRET:
+        raise UserError("--kernels: TRITON_INTERPRET=1 leaves nothing to compile; unset it")
     print_table("packages", _packages())
     print_table("machine", _machine())
     print_table("build", _build())
@@ -69,9 +90,7 @@ def run(config: DoctorConfig) -> None:
     print_table("ops", [head, *((op, *row.values()) for op, row in outcomes.items())])
     print("yes: ran here and agrees with ref; none: the op has no such backend; -: not on this")
     print("machine, for the reason above.")
-    if config.kernels:
-        print()
-        print_table("Triton kernels, compiled ahead of time", _kernel_table())
+    unfit = _report_kernels(config.ops or tuple(_aot.ops())) if compiles else []
     wrong = [
         f"{op} on {backend}"
         for op, row in outcomes.items()
@@ -80,6 +99,8 @@ def run(config: DoctorConfig) -> None:
     ]
     if wrong:
         raise UserError(f"kernels disagree with their reference: {', '.join(wrong)}")
+    if unfit:
+        raise UserError(f"kernels spill or do not fit: {', '.join(unfit)}")
 
 
 def print_table(title: str, rows: list[tuple[str, ...]]) -> None:
@@ -306,20 +327,62 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _kernel_table() -> list[tuple[str, ...]]:
-    """Compile every Triton kernel for every target and return what each needs."""
-    if _env.INTERPRET:
-        raise UserError("--kernels: TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    rows: list[tuple[str, ...]] = [
-        ("op", "configuration", "target", "registers", "spilled", "shared memory")
+def _report_kernels(ops: tuple[str, ...]) -> list[str]:
+    """Compile the ops' kernels for every target and print what each needs.
+
+    Returns:
+        The kernels that spill registers or need more shared memory than their target has.
+    """
+    steps, missing = _compilations(ops)
+    found: list[Compiled] = []
+    with progress("compile", len(steps), unit="kernel") as bar:
+        for step in steps:
+            found += step()
+            bar.advance()
+    print()
+    rows = [("op", "kernel", "target", "registers", "spilled", "shared memory")]
+    rows += [
+        (
+            kernel.op,
+            kernel.config,
+            kernel.target,
+            "?" if kernel.registers is None else str(kernel.registers),
+            "?" if kernel.spilled_bytes is None else f"{kernel.spilled_bytes} B",
+            f"{kernel.shared_bytes} of {kernel.shared_limit} B",
+        )
+        for kernel in found
     ]
-    names = _aot.ops()
-    with progress("compile", len(names), unit="op") as bar:
-        for op in names:
-            for kernel in _aot.compile_op(op):
-                registers = "?" if kernel.registers is None else str(kernel.registers)
-                spilled = "?" if kernel.spilled_bytes is None else f"{kernel.spilled_bytes} B"
-                shared = f"{kernel.shared_bytes} of {kernel.shared_limit} B"
-                rows.append((op, kernel.config, kernel.target, registers, spilled, shared))
-            bar.advance(kernels=len(rows) - 1)
-    return rows
+    print_table("kernels, compiled ahead of time", rows)
+    for reason in missing:
+        print(reason)
+    return [
+        f"{kernel.config} for {kernel.target}"
+        for kernel in found
+        if (kernel.spilled_bytes or 0) > 0 or kernel.shared_bytes > kernel.shared_limit
+    ]
+
+
+def _compilations(ops: tuple[str, ...]) -> tuple[list[Callable[[], list[Compiled]]], list[str]]:
+    """Return the compilations that can be done here, and a line for each kind that cannot."""
+    steps: list[Callable[[], list[Compiled]]] = []
+    missing = []
+    if _triton.triton is None:
+        missing.append(f"Triton kernels are not compiled: {_triton.missing}")
+    sources = set(_aot.cuda_ops())
+    if not sources:
+        missing.append("CUDA kernels are not compiled: this is the installed package, without csrc")
+    elif _aot.nvcc() is None:
+        missing.append("CUDA kernels are not compiled: there is no nvcc on the path")
+        sources = set()
+    for op in ops:
+        if _triton.triton is not None:
+            for config, target in itertools.product(_aot.configs(op), _aot.TARGETS):
+                steps.append(partial(_compile_triton, op, config, target))
+        if op in sources:
+            for target in _aot.CUDA_TARGETS:
+                steps.append(partial(_aot.compile_cuda, op, target))
+    return steps, missing
+
+
+def _compile_triton(op: str, config: AotConfig, target: str) -> list[Compiled]:
+    return [_aot.compile_config(op, config, target)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 
 import fastrlhf_kernels as kernels
 from fastrlhf.commands import COMMANDS
+from fastrlhf_kernels import _aot
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -250,15 +253,77 @@ def test_doctor_sees_a_kernel_that_is_wrong() -> None:
     assert one_error_line(result) == "kernels disagree with their reference: whiten on ref"
 
 
-def test_doctor_refuses_to_compile_in_the_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fastrlhf", "doctor", "--kernels"],
-        env={**environment(), "TRITON_INTERPRET": "1"},
+def doctor(*arguments: str, code: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, outside the interpreter, after a line of Python."""
+    program = (
+        f"import sys, fastrlhf.cli as cli\n{code}\nsys.exit(cli.main({['doctor', *arguments]}))"
+    )
+    keep = {k: v for k, v in environment().items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**keep, **variables},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def test_doctor_lists_what_kernels_need() -> None:
+    pytest.importorskip("triton")
+    result = doctor("--ops", "gae")
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.partition("kernels, compiled ahead of time\n")[2].partition("\n\n")[0]
+    head, *rows = table.splitlines()
+    assert head.split() == ["op", "kernel", "target", "registers", "spilled", "shared", "memory"]
+    for config, target in itertools.product(_aot.configs("gae"), _aot.TARGETS):
+        (row,) = [r for r in rows if f" {config.name}  " in r and f" {target} " in r]
+        assert re.search(r" \d+ +0 B +\d+ of \d+ B$", row), row
+    if _aot.nvcc() is not None and "gae" in _aot.cuda_ops():
+        for target in _aot.CUDA_TARGETS:
+            assert sum("gae_kernel<float>" in r and f" {target} " in r for r in rows) == 1
+    assert "compile" in result.stderr  # how far it is
+
+
+def test_doctor_says_which_compiler_is_missing() -> None:
+    code = (
+        "from fastrlhf_kernels import _aot, _triton\n"
+        "_aot.nvcc = lambda: None\n"
+        "_triton.triton, _triton.missing = None, 'triton is not installed (no module)'"
+    )
+    result = doctor("--ops", "gae", code=code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2:] == [
+        "Triton kernels are not compiled: triton is not installed (no module)",
+        "CUDA kernels are not compiled: there is no nvcc on the path",
+    ]
+
+
+def test_doctor_fails_where_a_kernel_spills() -> None:
+    code = (
+        "from fastrlhf_kernels import _aot\n"
+        "_aot.compile_cuda = lambda op, target: []\n"
+        "_aot.compile_config = lambda op, config, target: _aot.Compiled(\n"
+        "    op, config.name, target, 255, 8 * (target == 'sm_80'), 0, 0)\n"
+    )
+    result = doctor("--ops", "gae_varlen", code=code)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == (
-        "error: --kernels: TRITON_INTERPRET=1 leaves nothing to compile; unset it"
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("error: kernels spill or do not fit: ")
+    assert message.count("sm_80") == len(_aot.configs("gae_varlen")) == message.count(" for ")
+
+
+def test_doctor_names_the_valid_ops() -> None:
+    result = doctor("--ops", "gae", "whitten")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert one_error_line(result) == (
+        f"field 'ops': no op 'whitten' (did you mean 'whiten'?); valid: {', '.join(_aot.ops())}"
+    )
+
+
+def test_doctor_refuses_to_compile_in_the_interpreter() -> None:
+    result = doctor("--kernels", TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert one_error_line(result) == (
+        "--kernels: TRITON_INTERPRET=1 leaves nothing to compile; unset it"
     )

@@ -1,10 +1,11 @@
-"""Compiles Triton kernels ahead of time, for GPUs that this machine need not have.
+"""Compiles kernels ahead of time, for GPUs that this machine need not have.
 
     python -m fastrlhf_kernels._aot gae kl_penalty    # all ops where none is named
 
 prints a JSON line for every configuration in the modules' `AOT_CONFIGS` and every target: registers
 a thread, bytes spilled, bytes of shared memory, and the target's limit. TRITON_INTERPRET must not
-be set: in the interpreter there is nothing to compile.
+be set: in the interpreter there is nothing to compile. `compile_cuda` is the same for csrc/*.cu,
+by nvcc. `fastrlhf doctor --kernels` prints both as a table.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,12 @@ TARGETS: dict[str, tuple[str, int | str, int, int]] = {
     "sm_100": ("cuda", 100, 32, 227 * 1024),
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
+
+# The same for nvcc; the limit is that of static shared memory, the same on all.
+CUDA_TARGETS = {"sm_80": "80", "sm_90a": "90a"}
+CUDA_SHARED_LIMIT = 48 * 1024
+NVCC_FLAGS = ("-std=c++17", "-O3", "-DFASTRLHF_ISA=cuda")  # setup.py's, of the device code
+CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +111,83 @@ def _amd_usage(asm: Mapping[str, Any]) -> tuple[int | None, int | None]:
     return int(registers[1]) if registers else None, int(scratch[1]) if scratch else None
 
 
+def nvcc() -> str | None:
+    """The path of nvcc, on PATH or where its installer puts it; None if it is not there."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_ops() -> list[str]:
+    """The ops that have a csrc/<op>.cu; none where only the installed package is here."""
+    return sorted(p.stem for p in CSRC.glob("*.cu"))
+
+
+def compile_cuda(op: str, target: str) -> list[Compiled]:
+    """Compiles csrc/<op>.cu down to machine code; a `Compiled` for each of its kernels.
+
+    Raises:
+        RuntimeError: nvcc refuses it; the message is nvcc's.
+    """
+    compiler = nvcc()
+    assert compiler is not None, "no nvcc"
+    arch = CUDA_TARGETS[target]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(compiler, *NVCC_FLAGS, "-Xptxas", "-v", "-cubin"),
+            *("-gencode", f"arch=compute_{arch},code=sm_{arch}"),
+            *("-o", f"{folder}/kernel.cubin", str(CSRC / f"{op}.cu")),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{op}.cu does not compile for {target}:\n{done.stderr}")
+    return _ptxas_report(op, target, done.stderr)
+
+
+def _ptxas_report(op: str, target: str, report: str) -> list[Compiled]:
+    """What `ptxas -v` says of each kernel, ordered by the kernels' names."""
+    found = []
+    for part in report.split("Compiling entry function ")[1:]:
+        symbol = part.split("'")[1]
+        registers = re.search(r"Used (\d+) registers", part)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            Compiled(
+                op,
+                _kernel_name(symbol),
+                target,
+                int(registers[1]) if registers else None,
+                int(spills[1]) + int(spills[2]) if spills else None,
+                int(shared[1]) if shared else 0,
+                CUDA_SHARED_LIMIT,
+            )
+        )
+    return sorted(found, key=lambda kernel: kernel.config)
+
+
+def _kernel_name(symbol: str) -> str:
+    """A kernel's name without namespaces and parameters; the symbol where c++filt is missing."""
+    if not symbol.startswith("_Z") or shutil.which("c++filt") is None:
+        return symbol
+    command = ["c++filt", "--no-params", symbol]
+    plain = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    name, bracket, arguments = plain.partition("<")
+    return name.rsplit("::", 1)[-1] + bracket + arguments
+
+
 def ops() -> list[str]:
     """The op modules: every module of the package without an underscore."""
     folder = pathlib.Path(__file__).parent
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
+def configs(op: str) -> tuple[AotConfig, ...]:
+    """The configurations in which an op's Triton kernels ship."""
+    return tuple(getattr(importlib.import_module(f"{__package__}.{op}"), "AOT_CONFIGS", ()))
+
+
 def compile_op(op: str) -> Iterator[Compiled]:
     """Every configuration of an op for every target."""
-    module = importlib.import_module(f"{__package__}.{op}")
-    for config in getattr(module, "AOT_CONFIGS", ()):
+    for config in configs(op):
         for target in TARGETS:
             yield compile_config(op, config, target)
 
