@@ -30,6 +30,7 @@ FASTRLHF_OP(logprobs_from_logits_backward,
 
 #ifdef FASTRLHF_ISA
 #include "logprob_row.h"
+#include "pages.h"
 #include "pool.h"
 
 namespace fastrlhf::FASTRLHF_ISA {
@@ -122,6 +123,9 @@ FASTRLHF_KERNEL(logprobs_from_logits_backward)(
     const Head<A> head{static_cast<const A*>(bias), static_cast<A>(scale), static_cast<A>(cap)};
     const Exponent<A> shared(static_cast<A>(temperature));
     const A* states = static_cast<const A*>(state);
+    const int64_t bytes = N * V * static_cast<int64_t>(sizeof(T));
+    const bool stream = dx != x && dx_stride == V && bytes >= LARGE_BYTES;
+    if (stream) prefer_huge_pages(dx, bytes);
     parallel_for(N, GRAIN_COLUMNS / (V + 1) + 1, nthreads, [&](int64_t from, int64_t to) {
       for (int64_t n = from; n < to; ++n) {
         const T* row =
@@ -131,7 +135,7 @@ FASTRLHF_KERNEL(logprobs_from_logits_backward)(
         gradient_row(s, row, static_cast<T*>(dx) + n * dx_stride, V, first, labels + n * K,
                      static_cast<const A*>(grad_logprobs) + n * K, K, ignore_index,
                      grad_entropy == nullptr ? A(0) : static_cast<const A*>(grad_entropy)[n], head,
-                     t);
+                     t, stream);
       }
     });
     return nullptr;

@@ -1,4 +1,5 @@
-// Entries for tests/test_build.py alone: the vector functions and conversions over plain arrays.
+// Entries for tests/test_build.py: the vector functions and conversions over plain arrays; and for
+// bench/: row_sums, which does nothing but read, a ceiling for what reads each element once.
 #include "op.h"
 
 FASTRLHF_OP(test_math, "y[i] = f(x[i]) over floats; function 0: exp2, 1: exp, 2: log",
@@ -9,6 +10,8 @@ FASTRLHF_OP(test_reduce, "y[0] = sum, y[1] = max of x, in fp32 for f32, bf16, f1
             const void* x, double* y, int64_t n, int dtype)
 FASTRLHF_OP(test_parallel, "y[i] += i + 1 by parallel_for, each row calling it again inside",
             int64_t* y, int64_t n, int64_t grain, int nthreads)
+FASTRLHF_OP(row_sums, "y[n] = sum of row n of x (N, V), in fp32 for f32, bf16, f16",
+            const void* x, double* y, int64_t N, int64_t V, int dtype, int nthreads)
 
 #ifdef FASTRLHF_ISA
 #include "pool.h"
@@ -77,6 +80,34 @@ FASTRLHF_KERNEL(test_parallel)(int64_t* y, int64_t n, int64_t grain, int nthread
     });
   });
   return nullptr;
+}
+
+FASTRLHF_KERNEL(row_sums)(const void* x, double* y, int64_t N, int64_t V, int dtype, int nthreads) {
+  return with_dtype(dtype, [&](auto zero) -> const char* {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    using Vec = vec_t<A>;
+    constexpr int W = lanes<Vec>;
+    parallel_for(N, 1, nthreads, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const T* row = static_cast<const T*>(x) + n * V;
+        Vec sums[8] = {Vec{}, Vec{}, Vec{}, Vec{}, Vec{}, Vec{}, Vec{}, Vec{}};
+        int64_t i = 0;
+        for (; i + 8 * W <= V; i += 8 * W) {
+          for (int k = 0; k < 8; k += 2) {
+            Vec a, b;
+            load_pair(row + i + k * W, a, b);
+            sums[k] += a;
+            sums[k + 1] += b;
+          }
+        }
+        for (; i < V; i += W) sums[0] += load_n(row + i, min_of<int64_t>(W, V - i), A(0));
+        for (int k = 1; k < 8; ++k) sums[0] += sums[k];
+        y[n] = static_cast<double>(hsum(sums[0]));
+      }
+    });
+    return nullptr;
+  });
 }
 
 }  // namespace fastrlhf::FASTRLHF_ISA

@@ -5,6 +5,7 @@
 //
 // load(p), load_n(p, n, fill)      from float, double, bf16, f16, unaligned; lanes >= n get fill
 // store(p, v), store_n(p, v, n)    to the same; bf16 and f16 round to nearest even, NaN stays NaN
+// load_pair(p, a, b), store_pair<STREAM>(p, a, b)   two vectors' worth, bf16 in another order
 // splat<V>(x), select(m, a, b), vfma(a, b, c) = a * b + c (fused where the processor can)
 // vmax(a, b), vmin(a, b)           b where either is NaN: vmax(x, m) never lets a NaN x into m
 // vmax_nan(a, b)                   NaN where either is NaN
@@ -112,6 +113,19 @@ template <class V>
 FASTRLHF_INLINE V vmin(V a, V b) {
   return a < b ? a : b;
 }
+#if defined(__AVX512F__)
+// The maskz forms: GCC 12 warns that the plain ones read an uninitialised register. Same code.
+constexpr __mmask16 ALL_LANES = 0xffff;
+
+FASTRLHF_INLINE vf vmax(vf a, vf b) { return _mm512_maskz_max_ps(ALL_LANES, a, b); }
+FASTRLHF_INLINE vf vmin(vf a, vf b) { return _mm512_maskz_min_ps(ALL_LANES, a, b); }
+#elif defined(__AVX2__)
+FASTRLHF_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+FASTRLHF_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+#elif defined(__x86_64__)
+FASTRLHF_INLINE vf vmax(vf a, vf b) { return _mm_max_ps(a, b); }
+FASTRLHF_INLINE vf vmin(vf a, vf b) { return _mm_min_ps(a, b); }
+#endif
 template <class V>
 FASTRLHF_INLINE V vmax_nan(V a, V b) {
   return a != a ? a : (a > b ? a : b);
@@ -125,17 +139,15 @@ FASTRLHF_INLINE V vfma(V a, V b, V c) {  // -ffp-contract=fast fuses it
 
 FASTRLHF_INLINE vf widen_bf16(vh h) { return bits_as<vf>(__builtin_convertvector(h, vu) << 16); }
 
-FASTRLHF_INLINE vh narrow_bf16(vf x) {
+FASTRLHF_INLINE vu round_to_bf16(vf x) {  // the result is the upper half of each lane
   const vu u = bits_as<vu>(x);
-  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vu quiet_nan = (u >> 16) | 0x40u;
-  return __builtin_convertvector(x != x ? quiet_nan : rounded, vh);
+  const vu rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return x != x ? u | 0x400000u : rounded;
 }
 
-#if defined(__AVX512F__)
-// The maskz forms: GCC 12 warns that the plain ones read an uninitialised register. Same code.
-constexpr __mmask16 ALL_LANES = 0xffff;
+FASTRLHF_INLINE vh narrow_bf16(vf x) { return __builtin_convertvector(round_to_bf16(x) >> 16, vh); }
 
+#if defined(__AVX512F__)
 FASTRLHF_INLINE vf widen_f16(vh h) { return _mm512_maskz_cvtph_ps(ALL_LANES, bits_as<__m256i>(h)); }
 FASTRLHF_INLINE vh narrow_f16(vf x) {
   return bits_as<vh>(
@@ -210,6 +222,62 @@ FASTRLHF_INLINE void store(T* p, vec_t<acc_t<T>> v) {
     __builtin_memcpy(p, &h, sizeof(h));
   } else {
     __builtin_memcpy(p, &v, sizeof(v));
+  }
+}
+
+// Two vectors at once, 2 lanes<V> elements. Of bf16 `a` is the elements of even index and `b` those
+// of odd index: a shift and a mask, where widening each half takes two more steps. Of the other
+// types `a` comes before `b`. Sums and element-wise work need no other order.
+template <class T>
+FASTRLHF_INLINE void load_pair(const T* p, vec_t<acc_t<T>>& a, vec_t<acc_t<T>>& b) {
+  if constexpr (is_bf16<T>) {
+    vu words;
+    __builtin_memcpy(&words, p, sizeof(words));
+    a = bits_as<vf>(words << 16);
+    b = bits_as<vf>(words & 0xffff0000u);
+  } else {
+    a = load(p);
+    b = load(p + lanes<vec_t<acc_t<T>>>);
+  }
+}
+
+// Past the caches, where what is written will not be read soon; p is aligned to VEC_BYTES.
+FASTRLHF_INLINE void store_past_caches(void* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(p), v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(static_cast<float*>(p), v);
+#else
+  __builtin_memcpy(p, &v, sizeof(v));
+#endif
+}
+
+// Makes what was stored past the caches visible to other threads, before later stores.
+FASTRLHF_INLINE void fence_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// The reverse of load_pair. STREAM stores past the caches, f16 excepted.
+template <bool STREAM, class T>
+FASTRLHF_INLINE void store_pair(T* p, vec_t<acc_t<T>> a, vec_t<acc_t<T>> b) {
+  constexpr int W = lanes<vec_t<acc_t<T>>>;
+  if constexpr (is_bf16<T>) {
+    const vu words = round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000u);
+    if constexpr (STREAM) {
+      store_past_caches(p, bits_as<vf>(words));
+    } else {
+      __builtin_memcpy(p, &words, sizeof(words));
+    }
+  } else if constexpr (STREAM && sizeof(T) != 2) {
+    store_past_caches(p, bits_as<vf>(a));
+    store_past_caches(p + W, bits_as<vf>(b));
+  } else {
+    store(p, a);
+    store(p + W, b);
   }
 }
 
