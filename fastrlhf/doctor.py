@@ -188,6 +188,10 @@ PROBES: dict[str, Callable[[Inputs, str], Any]] = {
     "linear_cross_entropy": lambda x, backend: kernels.linear_cross_entropy(
         x.floats(3, 8, seed=0), x.floats(11, 8, seed=1), x.labels, backend=backend
     ),
+    "linear_ppo_loss": lambda x, backend: kernels.linear_ppo_loss(
+        x.floats(3, 8, seed=0), x.floats(11, 8, seed=1), x.labels, x.floats(3, seed=2),
+        x.floats(3, seed=3), entropy_coef=0.1, backend=backend,
+    )[0],
     "kl_penalty": lambda x, backend: kernels.kl_penalty(
         x.tokens(0), x.tokens(1), estimator="k3", backend=backend
     ),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +11,12 @@ from oracle import Backend, assert_accurate, assert_same_bits
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from fastrlhf_kernels import available_backends, linear_cross_entropy, linear_logprobs
+from fastrlhf_kernels import (
+    _linear_losses,
+    available_backends,
+    linear_cross_entropy,
+    linear_logprobs,
+)
 from fastrlhf_kernels.linear_cross_entropy import linear_cross_entropy_ref
 
 OP = "linear_cross_entropy"
@@ -97,10 +100,9 @@ def test_matches_definition(
 
 def test_many_chunks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks of rows, the last one short, several tiles of columns."""
-    module = sys.modules[linear_cross_entropy.__module__]
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(module, "LEAST_ROWS", {"cpu": 4, "cuda": 4})
-    leaves, labels = case(11, 16, 4099, backend)
+    monkeypatch.setattr(_linear_losses, "CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(_linear_losses, "LEAST_ROWS", {"cpu": 8, "cuda": 8})
+    leaves, labels = case(22, 16, 4099, backend)
     labels[3] = -100
     check(backend, leaves, labels)
 
@@ -149,12 +151,11 @@ def test_gradient_is_made_where_it_is_wanted_alone(
         torch.testing.assert_close(some[i].grad, full[i], rtol=1e-5, atol=1e-7)
     if backend.name == "ref":
         return
-    module = sys.modules[linear_cross_entropy.__module__]
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a gradient was made that nobody asked for")
 
-    monkeypatch.setattr(module, "backward_rows", refuse)
+    monkeypatch.setattr(_linear_losses, "backward_rows", refuse)
     linear_cross_entropy(leaves[0], leaves[1], labels, backend=backend.name)
     with torch.no_grad():
         linear_cross_entropy(leaves[0].requires_grad_(), leaves[1], labels, backend=backend.name)
@@ -170,6 +171,29 @@ def test_backward_twice(backend: Backend) -> None:
     (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(-2.0 * loss, hidden)
     assert_same_bits(second, -2.0 * first)
+
+
+def test_the_gradient_is_given_away_only_once(backend: Backend) -> None:
+    """Without a second backward pass to come it is scaled in place; with one it is copied."""
+    leaves, labels = case(5, 8, 37, backend)
+    hidden, weight = leaves[0].requires_grad_(), leaves[1].requires_grad_()
+
+    def loss() -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, backend=backend.name)
+
+    expected = torch.autograd.grad(3.0 * loss(), (hidden, weight))
+    kept = 3.0 * loss()
+    for keep in (True, True, False):
+        found = torch.autograd.grad(kept, (hidden, weight), retain_graph=keep)
+        for x, y in zip(found, expected, strict=True):
+            assert_same_bits(x, y)
+            x.zero_()  # what was given is the caller's to change
+    if backend.name != "ref":
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(kept, hidden)
+    once = loss()
+    (once + once).backward()  # one pass through the graph, whatever leads to it
+    torch.testing.assert_close(weight.grad, expected[1] * (2 / 3), rtol=1e-5, atol=1e-7)
 
 
 def test_leading_dimensions(backend: Backend) -> None:
@@ -224,9 +248,9 @@ def test_opcheck_and_compile(backend: Backend) -> None:
     if backend.name != "ref":
         normalizer = torch.tensor(3.0, device=backend.device)
         for b, n in ((bias, None), (None, normalizer)):
-            args = (hidden, weight, b, labels, n, 0.5, 3.0, -100, True, True, b is not None)
+            args = (hidden, weight, b, labels, n, None, 0.5, 3.0, -100, True, True, b is not None)
             torch.library.opcheck(
-                torch.ops.fastrlhf.linear_cross_entropy.default, (*args, backend.name)
+                torch.ops.fastrlhf.linear_cross_entropy.default, (*args, False, backend.name)
             )
 
     def step(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from oracle import Backend, assert_accurate, assert_same_bits
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastrlhf_kernels import _linear, linear_cross_entropy, linear_logprobs
+from fastrlhf_kernels import _linear, _linear_losses, linear_cross_entropy, linear_logprobs
 from fastrlhf_kernels._linear import COLUMNS
 from fastrlhf_kernels.linear_cross_entropy import linear_cross_entropy_ref
 from fastrlhf_kernels.linear_logprobs import linear_logprobs_ref
@@ -21,7 +20,6 @@ from fastrlhf_kernels.linear_logprobs import linear_logprobs_ref
 OP = "linear_logprobs"  # both have the same backends
 INF, NAN = float("inf"), float("nan")
 HALVES = [torch.bfloat16, torch.float16]
-CHUNKS = importlib.import_module("fastrlhf_kernels.linear_cross_entropy")  # not the function
 
 Function = Callable[..., Any]
 BOTH = pytest.mark.parametrize("op", ["linear_logprobs", "linear_cross_entropy"])
@@ -39,8 +37,8 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows of logits at a time; fp32 products, on every CPU, unless a test says otherwise."""
     monkeypatch.setattr(_linear, "CPU_BF16", False)
     monkeypatch.setattr(_linear, "ROWS", 4)
-    monkeypatch.setattr(CHUNKS, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(CHUNKS, "LEAST_ROWS", {"cpu": 4, "cuda": 4})
+    monkeypatch.setattr(_linear_losses, "CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(_linear_losses, "LEAST_ROWS", {"cpu": 4, "cuda": 4})
 
 
 def plain(
@@ -283,7 +281,7 @@ def test_never_holds_the_logits(backend: Backend, op: str) -> None:
     if backend.name == "ref":
         assert largest >= 4 * N * V
     else:
-        piece = 4 * (COLUMNS if op == "linear_logprobs" else V)
+        piece = 4 * _linear.padded(COLUMNS if op == "linear_logprobs" else V, 4)
         assert largest == 4 * max(piece, V * H)
 
 

@@ -11,6 +11,7 @@ from .gae_varlen import gae_varlen
 from .kl_penalty import kl_penalty
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import linear_logprobs
+from .linear_ppo_loss import linear_ppo_loss
 from .logprobs_from_logits import logprobs_from_logits
 from .policy_loss import policy_loss
 from .ranking_loss import ranking_loss
@@ -28,6 +29,7 @@ __all__ = [
     "kl_penalty",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_ppo_loss",
     "logprobs_from_logits",
     "policy_loss",
     "ranking_loss",

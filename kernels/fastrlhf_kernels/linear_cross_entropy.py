@@ -5,7 +5,7 @@
 
 Shapes: hidden (..., H), weight (V, H), bias (V), labels (...); loss is 0-d. Dtypes: fp32, bf16,
 fp16 or fp64; arithmetic and the loss are fp32, or fp64 if hidden or weight is. `normalizer`
-defaults to the number of valid rows; with none the loss is 0, and so are the gradients.
+defaults to the number of valid rows; with none the loss and the gradients are 0, whatever it is.
 
 Promises: those of linear_logprobs. Backends other than `ref` make the gradient in the forward pass,
 by chunks of rows, if an argument requires one (three matrix products, not four), and hold the
@@ -28,22 +28,20 @@ from torch import Tensor
 
 from ._backends import choose
 from ._checks import check_labels, check_normalizer, compute_dtype
-from ._library import register, register_backward
-from ._linear import (
-    Rows,
-    Scratch,
-    gather_rows,
-    multiply,
-    scatter_rows,
-    without_autocast,
+from ._library import register
+from ._linear import gather_rows
+from ._linear_losses import (
+    constant_like,
+    fake_gradients,
+    finished_gradients,
+    forward_with_gradient,
+    gradients,
+    inverse_normalizer,
+    setup_context,
 )
-from ._logprob_rows import aot_configs, backward_rows, forward_rows, refuse_bad_labels
+from ._logprob_rows import aot_configs, refuse_bad_labels
+from ._losses import reference_loss, split_normalizer
 from .linear_logprobs import check_linear, linear_logprobs_ref
-
-# Logits held at a time: 128 MiB in fp32, but for LEAST_ROWS where they take more. Every chunk reads
-# and writes the gradient of the whole weight, which that many rows of products hide. Not tuned.
-CHUNK_ELEMENTS = 2**25
-LEAST_ROWS = {"cpu": 256, "cuda": 1024}
 
 # Whole rows of logits, and their gradients in the operands' dtype.
 AOT_CONFIGS = aot_configs("*fp32", "*bf16", head=False)
@@ -71,44 +69,10 @@ def linear_cross_entropy_ref(
         ignore_index=ignore_index,
     )
     assert isinstance(logprobs, Tensor)
-    if normalizer is None:
-        normalizer = (labels != ignore_index).sum().clamp(min=1)
-    elif isinstance(normalizer, Tensor):
-        normalizer = normalizer.detach().to(logprobs.dtype)  # an fp64 count makes no fp64 loss
-    return -logprobs.sum() / normalizer
-
-
-def _gradient_rows(
-    backend: str, rows: Rows, weight: Tensor, factor: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Log-probs (n,) and, with `factor` (0-d), the gradients of factor * their sum."""
-    (n, H), V = rows.hidden.shape, weight.shape[0]
-    logprobs = rows.hidden.new_empty(n, dtype=rows.sum_dtype)
-    dh = logprobs.new_empty((n, H)) if needs[0] else None
-    dw = None if not needs[1] else logprobs.new_empty((V, H)) if n else logprobs.new_zeros((V, H))
-    db = logprobs.new_zeros(V) if needs[2] else None
-    chunk = max(1, min(n, max(CHUNK_ELEMENTS // V, LEAST_ROWS[rows.hidden.device.type])))
-    scratch = Scratch(rows, chunk, V)
-    state = logprobs.new_empty(3 * chunk)
-    upstream = None if factor is None else factor.to(rows.sum_dtype).expand(chunk).contiguous()
-    with without_autocast(weight):
-        w = weight.to(rows.hidden.dtype)
-        for n0 in range(0, n, chunk):
-            n1 = min(n, n0 + chunk)
-            h, y = rows.hidden[n0:n1], rows.labels[n0:n1]
-            z, dz = (scratch.piece(x, n1 - n0, V) for x in (scratch.z, scratch.dz))
-            multiply(h, w.T, z)
-            forward_rows(backend, z, y, rows.head, state, logprobs[n0:n1], None)
-            if upstream is None:
-                continue
-            backward_rows(backend, z, y, rows.head, state, upstream[: n1 - n0], None, dz)
-            if dw is not None:
-                multiply(dz.T, h, dw, add=n0 > 0)
-            if dh is not None:
-                multiply(dz, w, dh[n0:n1])
-            if db is not None:
-                db += dz.sum(0, dtype=db.dtype)
-    return logprobs, dh, dw, db
+    valid = (labels != ignore_index).sum()
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(logprobs.dtype)  # an fp64 count makes no fp64 loss
+    return reference_loss(-logprobs.sum(), valid, valid, normalizer)
 
 
 def _forward(
@@ -118,39 +82,30 @@ def _forward(
     bias: Tensor | None,
     labels: Tensor,  # (N,)
     normalizer: Tensor | None,
+    normalizer_number: float | None,
     logit_scale: float,
     softcap: float,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    private: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, needs = labels.numel(), (need_hidden, need_weight, need_bias)
     labels = labels.to(torch.int64).contiguous()
     refuse_bad_labels("linear_cross_entropy", labels, weight.shape[0], ignore_index)
     rows = gather_rows(hidden, weight, bias, labels, None, 1.0, logit_scale, softcap, ignore_index)
-    if normalizer is None:
-        # Not the count of gathered rows: under graph capture none are cut out.
-        normalizer = (labels != ignore_index).sum().clamp(min=1)
-    needs = (need_hidden, need_weight, need_bias)
-    factor = -1.0 / normalizer.to(rows.sum_dtype)
-    logprobs, dh, dw, db = _gradient_rows(
-        backend, rows, weight, factor if any(needs) else None, needs
+    factor = inverse_normalizer(normalizer, normalizer_number, labels, rows, ignore_index)
+
+    def upstream(part: slice, logprobs: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+        return constant_like(logprobs, factor, -1.0), None
+
+    logprobs, _, found = forward_with_gradient(
+        backend, rows, weight, upstream if any(needs) else None, needs, entropy=False
     )
     # fp64, since a sum over the batch should not lose what its terms keep.
-    loss = (logprobs.sum(dtype=torch.float64) * factor.double()).to(rows.sum_dtype)
-    absent = logprobs.new_empty(0)
-    return (
-        loss,
-        absent if dh is None else scatter_rows(dh, rows.places, labels.numel()).to(hidden.dtype),
-        absent.clone() if dw is None else dw.to(weight.dtype),
-        absent.clone() if db is None or bias is None else db.to(bias.dtype),
-    )
-
-
-def _backward(
-    backend: str, grad: Tensor, dh: Tensor, dw: Tensor, db: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return dh * grad, dw * grad, db * grad
+    loss = (logprobs.sum(dtype=torch.float64) * -factor).to(rows.sum_dtype)
+    return loss, *finished_gradients(found, rows, N, (hidden, weight, bias))
 
 
 def _forward_fake(
@@ -158,63 +113,31 @@ def _forward_fake(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    normalizer: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = hidden.new_empty((), dtype=compute_dtype(hidden, weight))
-    absent = loss.new_empty(0)
-    dense = torch.contiguous_format
-    return (
-        loss,
-        torch.empty_like(hidden, memory_format=dense) if need_hidden else absent,
-        torch.empty_like(weight, memory_format=dense) if need_weight else absent.clone(),
-        absent.clone() if not need_bias or bias is None else bias.new_empty(bias.shape),
-    )
-
-
-def _backward_fake(
-    grad: Tensor, dh: Tensor, dw: Tensor, db: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(dh), torch.empty_like(dw), torch.empty_like(db)
+    return loss, *fake_gradients(hidden, weight, bias, rest[5:8])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.needs, ctx.backend = inputs[8:11], inputs[11]
+    setup_context(ctx, output, needs=inputs[9:12], private=inputs[12], backend=inputs[13])
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 11
-    scaled = _scale_gradients(grad, *ctx.saved_tensors, ctx.backend)
-    dh, dw, db = (g if need else None for g, need in zip(scaled, ctx.needs, strict=True))
-    return (dh, dw, db, *(None,) * 8)
+    return (*gradients(ctx, grad), *(None,) * 10)
 
 
 IMPLEMENTATIONS = {name: partial(_forward, name) for name in ("cpu", "triton")}
 
 _linear_cross_entropy = register(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-    "Tensor? normalizer, float logit_scale, float softcap, int ignore_index, bool need_hidden, "
-    "bool need_weight, bool need_bias, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? normalizer, float? normalizer_number, float logit_scale, float softcap, "
+    "int ignore_index, bool need_hidden, bool need_weight, bool need_bias, bool private, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _forward_fake,
     setup_context=_setup_context,
     backward=_gradients,
-)
-_scale_gradients = register_backward(
-    "linear_cross_entropy_backward(Tensor grad, Tensor dh, Tensor dw, Tensor db, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    {name: partial(_backward, name) for name in ("cpu", "triton")},
-    _backward_fake,
 )
 
 
@@ -269,22 +192,19 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             normalizer=normalizer,
         )
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.detach().to(hidden.device)
-    elif normalizer is not None:
-        normalizer = torch.full((), normalizer, dtype=torch.float64, device=hidden.device)
     wanted = torch.is_grad_enabled()
     return _linear_cross_entropy(
         hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         labels.reshape(-1),
-        normalizer,
+        *split_normalizer(normalizer),
         float(logit_scale),
         0.0 if softcap is None else float(softcap),
         ignore_index,
         wanted and hidden.requires_grad,
         wanted and weight.requires_grad,
         wanted and bias is not None and bias.requires_grad,
+        True,
         backend,
     )[0]
