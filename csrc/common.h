@@ -10,6 +10,15 @@
 
 #include <cstdint>
 
+// Before a function that a CPU and a GPU both run; and before one that a whole warp runs.
+#if defined(__CUDACC__)
+#define FASTRLHF_HD __host__ __device__ __forceinline__
+#define FASTRLHF_WARP __device__ __forceinline__
+#else
+#define FASTRLHF_HD inline __attribute__((always_inline))
+#define FASTRLHF_WARP inline __attribute__((always_inline))
+#endif
+
 namespace fastrlhf {
 
 enum Dtype : int { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
@@ -61,6 +70,11 @@ inline const char* with_float_dtype(int dtype, const F& f) {
     case F64: return f(double{});
     default: return BAD_DTYPE;
   }
+}
+
+template <class T>
+FASTRLHF_HD T select(bool m, T a, T b) {  // vec.h and warp.h have it for many numbers at once
+  return m ? a : b;
 }
 
 template <class T>

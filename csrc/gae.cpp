@@ -28,18 +28,8 @@ constexpr int64_t GRAIN_STEPS = 4096;  // steps worth waking a thread for; some 
 template <class A>
 void gae_row(const A* rewards, const A* values, const uint8_t* mask, const uint8_t* value_mask,
              A* adv, A* ret, int64_t T, A gamma, A gamma_lam, int mode) {
-  A next_adv = 0, next_value = 0;
-  for (int64_t t = T - 1; t >= 0; --t) {
-    const bool valid = mask == nullptr || mask[t] != 0;
-    const bool has_value = value_mask == nullptr ? valid : value_mask[t] != 0;
-    const GaeStep<A> step(rewards[t], values[t], valid, has_value, mode);
-    if (step.runs) {
-      next_adv = gae_delta(step.reward, step.value, next_value, gamma) + gamma_lam * next_adv;
-      next_value = step.value;
-    }
-    adv[t] = valid ? next_adv : A(0);
-    ret[t] = has_value ? next_adv + step.value : A(0);
-  }
+  GaeCarry<A> carry;
+  gae_steps(rewards, values, mask, value_mask, adv, ret, 0, T, gamma, gamma_lam, mode, carry);
 }
 
 }  // namespace

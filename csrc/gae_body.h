@@ -1,4 +1,4 @@
-// One step of generalised advantage estimation, shared by gae.cpp and gae.cu.
+// One step of generalised advantage estimation, shared by gae and rollout_advantages, .cpp and .cu.
 //
 //   delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lambda A_{t+1}
 //
@@ -11,12 +11,6 @@
 
 #include "common.h"
 
-#if defined(__CUDACC__)
-#define FASTRLHF_HD __host__ __device__ __forceinline__
-#else
-#define FASTRLHF_HD inline __attribute__((always_inline))
-#endif
-
 namespace fastrlhf {
 enum GaeMode : int { GAE_SKIP = 0, GAE_DECAY = 1 };
 }
@@ -24,22 +18,49 @@ enum GaeMode : int { GAE_SKIP = 0, GAE_DECAY = 1 };
 namespace fastrlhf::FASTRLHF_ISA {
 namespace {
 
-template <class A>
-FASTRLHF_HD A gae_delta(A reward, A value, A next_value, A gamma) {
+// V: a number of type A, or the lanes of a warp (warp.h); M: what a comparison of two V is.
+template <class V, class A>
+FASTRLHF_HD V gae_delta(V reward, V value, V next_value, A gamma) {
   return reward + gamma * next_value - value;
 }
 
 // What the masks make of a step. Masked numbers are replaced, not multiplied by 0: they may be NaN.
-template <class A>
+template <class V, class M>
 struct GaeStep {
-  A reward, value;
-  bool runs;  // the recursion passes through this step
+  V reward, value;
+  M runs;  // the recursion passes through this step
 
-  FASTRLHF_HD GaeStep(A r, A v, bool mask, bool value_mask, int mode)
-      : reward(mask ? r : A(0)),
-        value(value_mask ? v : A(0)),
-        runs(mode == GAE_DECAY || mask) {}
+  FASTRLHF_HD GaeStep(V r, V v, M mask, M value_mask, int mode)
+      : reward(select(mask, r, V{})),
+        value(select(value_mask, v, V{})),
+        runs(mask || (mode == GAE_DECAY)) {}
 };
+
+template <class A>
+struct GaeCarry {  // of the first step that runs to the right
+  A adv = 0, value = 0;
+};
+
+// Steps begin to end - 1 of a row, from right to left: the CPU's plain loop.
+template <class A>
+inline void gae_steps(const A* rewards, const A* values, const uint8_t* mask,
+                      const uint8_t* value_mask, A* adv, A* ret, int64_t begin, int64_t end,
+                      A gamma, A gamma_lam, int mode, GaeCarry<A>& carry) {
+  A next_adv = carry.adv, next_value = carry.value;
+  for (int64_t t = end - 1; t >= begin; --t) {
+    const bool valid = mask == nullptr || mask[t] != 0;
+    const bool has_value = value_mask == nullptr ? valid : value_mask[t] != 0;
+    const GaeStep<A, bool> step(rewards[t], values[t], valid, has_value, mode);
+    if (step.runs) {
+      next_adv = gae_delta(step.reward, step.value, next_value, gamma) + gamma_lam * next_adv;
+      next_value = step.value;
+    }
+    adv[t] = valid ? next_adv : A(0);
+    ret[t] = has_value ? next_adv + step.value : A(0);
+  }
+  carry.adv = next_adv;
+  carry.value = next_value;
+}
 
 }  // namespace
 }  // namespace fastrlhf::FASTRLHF_ISA

@@ -15,6 +15,7 @@ FASTRLHF_OP(shape_rewards_backward, "Gradients of scores and kl.",
             int nthreads)
 
 #ifdef FASTRLHF_ISA
+#include "reward_body.h"
 #include "tiles.h"
 
 namespace fastrlhf::FASTRLHF_ISA {
@@ -35,12 +36,6 @@ void scale_valid(const A* x, const uint8_t* mask, A* out, int64_t T, A minus_bet
   each_vector<V>(T, [&](int64_t t, int k) {
     store_k(out + t, keep<V>(load_mask<V>(mask, t, k), load_k(x + t, k) * minus_beta), k);
   });
-}
-
-template <class A>
-A clamp_score(A score, A clip) {  // a NaN stays
-  if (clip < 0) return score;
-  return score > clip ? clip : score < -clip ? -clip : score;
 }
 
 template <class F>

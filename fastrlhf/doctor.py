@@ -206,6 +206,10 @@ PROBES: dict[str, Callable[[Inputs, str], Any]] = {
         backend=backend,
     ),
     "whiten": lambda x, backend: kernels.whiten(x.tokens(0), x.mask, backend=backend),
+    "rollout_advantages": lambda x, backend: kernels.rollout_advantages(
+        x.tokens(0), x.tokens(1), x.tokens(2), x.floats(3, seed=3), x.mask, beta=0.02,
+        backend=backend,
+    ),
     "policy_loss": lambda x, backend: kernels.policy_loss(
         x.tokens(0), x.tokens(1), x.tokens(2), x.mask, backend=backend
     ),

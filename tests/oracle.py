@@ -111,7 +111,7 @@ def assert_accurate(
     oracle: Tensor,
     *,
     interpreted: bool = False,
-    terms: float = 0.0,
+    terms: float | Tensor = 0.0,
 ) -> None:
     """Holds `actual` to the rule at the top of this file.
 

@@ -15,6 +15,7 @@ from .linear_ppo_loss import linear_ppo_loss
 from .logprobs_from_logits import logprobs_from_logits
 from .policy_loss import policy_loss
 from .ranking_loss import ranking_loss
+from .rollout_advantages import RolloutAdvantages, rollout_advantages
 from .sample import SampleOutput, sample
 from .shape_rewards import shape_rewards
 from .value_loss import value_loss
@@ -22,6 +23,7 @@ from .whiten import whiten
 
 __all__ = [
     "BackendUnavailable",
+    "RolloutAdvantages",
     "SampleOutput",
     "available_backends",
     "gae",
@@ -33,6 +35,7 @@ __all__ = [
     "logprobs_from_logits",
     "policy_loss",
     "ranking_loss",
+    "rollout_advantages",
     "sample",
     "shape_rewards",
     "use_backend",

@@ -93,6 +93,19 @@ def _compose(right_c, right_d, left_c, left_d):
 
 
 @jit()
+def scan_tile(r, v, runs, carry, lane, gamma_lam, gamma_rest):
+    """U_{t+1} of each lane's t, given each lane's step t + 1, and U of the tile's left edge.
+
+    `runs`: the recursion passes through step t + 1; `carry`: U just right of the tile.
+    """
+    c = tl.where(runs, gamma_lam, 1.0)
+    d = tl.where(runs, gamma_lam * r + gamma_rest * v, 0.0)
+    c, d = tl.associative_scan((c, d), 0, _compose, reverse=True)
+    after = c * carry + d
+    return after, tl.sum(tl.where(lane == 0, after, 0.0))
+
+
+@jit()
 def _load_steps(
     rewards, values, mask, value_mask, t, T,
     HAS_MASK: tl.constexpr, HAS_VALUE_MASK: tl.constexpr,
@@ -130,11 +143,7 @@ def gae_row(
             rewards, values, mask, value_mask, t + 1, T, HAS_MASK, HAS_VALUE_MASK
         )
         runs = t + 1 < T if DECAY else valid
-        c = tl.where(runs, gamma_lam, 1.0)
-        d = tl.where(runs, gamma_lam * r + gamma_rest * v, 0.0)
-        c, d = tl.associative_scan((c, d), 0, _compose, reverse=True)
-        after = c * carry + d
-        carry = tl.sum(tl.where(lane == 0, after, 0.0))
+        after, carry = scan_tile(r, v, runs, carry, lane, gamma_lam, gamma_rest)
         r, v, valid, value_valid = _load_steps(
             rewards, values, mask, value_mask, t, T, HAS_MASK, HAS_VALUE_MASK
         )
@@ -205,7 +214,7 @@ def results(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return advantages, torch.empty_like(advantages)
 
 
-def _rows(x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+def rows(x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
     """`x` in `dtype`, dense along T, and its stride between rows; (None, 0) for None."""
     if x is None:
         return None, 0
@@ -228,10 +237,10 @@ def _gae_triton(
     B, T = rewards.shape
     if B == 0 or T == 0:
         return advantages, returns
-    r, rewards_stride = _rows(rewards, rewards.dtype)
-    v, values_stride = _rows(values, values.dtype)
-    m, mask_stride = _rows(mask, torch.uint8)
-    w, value_mask_stride = _rows(value_mask, torch.uint8)
+    r, rewards_stride = rows(rewards, rewards.dtype)
+    v, values_stride = rows(values, values.dtype)
+    m, mask_stride = rows(mask, torch.uint8)
+    w, value_mask_stride = rows(value_mask, torch.uint8)
     with on_device(rewards):
         _gae_kernel[(B,)](
             r, v, m, w, advantages, returns,
@@ -256,10 +265,10 @@ def _gae_native(
     advantages, returns = results(rewards, values)
     dtype = advantages.dtype
     B, T = rewards.shape
-    r, rewards_stride = _rows(rewards, dtype)
-    v, values_stride = _rows(values, dtype)
-    m, mask_stride = _rows(mask, torch.uint8)
-    w, value_mask_stride = _rows(value_mask, torch.uint8)
+    r, rewards_stride = rows(rewards, dtype)
+    v, values_stride = rows(values, dtype)
+    m, mask_stride = rows(mask, torch.uint8)
+    w, value_mask_stride = rows(value_mask, torch.uint8)
     _native.call(
         "gae", advantages,
         pointer(r), pointer(v), pointer(m), pointer(w), pointer(advantages), pointer(returns),

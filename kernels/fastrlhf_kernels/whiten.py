@@ -176,15 +176,19 @@ def _dense_triton(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None
     return x.contiguous(), None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _whiten_moments_triton(x: Tensor, mask: Tensor | None) -> Tensor:
-    partials = _moments_triton(*_dense_triton(x, mask))
-    moments = partials.new_empty(3)
-    with on_device(x):
-        _merge_kernel[(1,)](partials, moments, partials.shape[0], BLOCK_TILES=BLOCK_TILES)
+def _merged_triton(parts: Tensor) -> Tensor:
+    """(3,): the moments of (P, 3) parts together."""
+    moments = parts.new_empty(3)
+    with on_device(parts):
+        _merge_kernel[(1,)](parts, moments, parts.numel() // 3, BLOCK_TILES=BLOCK_TILES)
     return moments
 
 
-def _apply_triton(
+def _whiten_moments_triton(x: Tensor, mask: Tensor | None) -> Tensor:
+    return _merged_triton(_moments_triton(*_dense_triton(x, mask)))
+
+
+def apply_triton(
     x: Tensor,
     mask: Tensor | None,
     parts: Tensor | None,
@@ -192,6 +196,7 @@ def _apply_triton(
     unbiased: bool,
     eps: float,
 ) -> Tensor:
+    """`x` whitened by moments in (P, 3) parts, or by its own."""
     out = _result(x)
     N = x.numel()
     if N == 0:
@@ -200,10 +205,12 @@ def _apply_triton(
     tiles = n_tiles(N, BLOCK_N)
     if parts is None and tiles > 1:
         parts = _moments_triton(x, mask)
+    if parts is not None and parts.numel() > 3 * BLOCK_TILES:
+        parts = _merged_triton(parts)  # or each of many programs would read many parts
     with on_device(x):
         _whiten_kernel[(tiles,)](
             x, mask, parts, out,
-            N, 0 if parts is None else parts.shape[0],
+            N, 0 if parts is None else parts.numel() // 3,
             eps,
             HAS_MASK=mask is not None, HAS_PARTS=parts is not None, SHIFT_MEAN=shift_mean,
             UNBIASED=unbiased, BLOCK_N=BLOCK_N, BLOCK_TILES=BLOCK_TILES,
@@ -214,7 +221,7 @@ def _apply_triton(
 def _whiten_triton(
     x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float
 ) -> Tensor:
-    return _apply_triton(x, mask, None, shift_mean, unbiased, eps)
+    return apply_triton(x, mask, None, shift_mean, unbiased, eps)
 
 
 def _whiten_moments_native(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -293,7 +300,7 @@ _whiten_moments = register(
 _whiten_apply = register(
     "whiten_apply(Tensor x, Tensor? mask, Tensor parts, bool shift_mean, bool unbiased, float eps, "
     "str backend) -> Tensor",
-    {"cpu": _apply_native, "triton": _apply_triton},
+    {"cpu": _apply_native, "triton": apply_triton},
     _apply_fake,
 )
 
