@@ -2,10 +2,15 @@
 
     pytest bench/bench_gae.py
 
+The second benchmark is ours alone, for rows of 1024 to 131072 steps, 2^21 steps in all each time:
+the time a step must not grow with T.
+
 Bytes: rewards, values and mask read once, advantages and returns written once: 17 a step in fp32.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -59,3 +64,27 @@ def test_gae(compare, B: int, T: int) -> None:
         tolerance=1e-3,
         bytes_moved=B * T * 17,
     )
+
+
+STEPS = 1 << 21
+
+
+def test_time_is_linear_in_t(compare, benchmark, capsys) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(STEPS, generator=generator).to(DEVICE) for _ in range(2))
+    mask = torch.rand(STEPS, generator=generator).to(DEVICE) > 0.1
+    variants = {}
+    for T in (1 << n for n in range(10, 18)):
+        rows = [x.view(-1, T) for x in (rewards, values, mask)]
+        for name in backends():
+            variants[f"{name}, T={T} B={STEPS // T}"] = partial(gae, *rows, backend=name)
+    compare(
+        "gae",
+        variants,
+        shape=f"B T = {STEPS}",
+        dtype=rewards.dtype,
+        bytes_moved=STEPS * 17,
+    )
+    with capsys.disabled():
+        for row in benchmark.extra_info["rows"]:
+            print(f"{row['variant']}: {row['median_s'] / STEPS * 1e9:.2f} ns a step")

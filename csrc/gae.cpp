@@ -1,4 +1,4 @@
-// Generalised advantage estimation on the CPU: a backward loop a row, rows in parallel.
+// Generalised advantage estimation on the CPU: backward loops over four rows at a time.
 //
 // rewards, values (B, T) -> adv, ret = adv + values, all of one type, f32 or f64, contiguous along
 // T; mask and value_mask are bytes or absent (mask: every step is valid; value_mask: as mask).
@@ -25,13 +25,6 @@ namespace {
 
 constexpr int64_t GRAIN_STEPS = 4096;  // steps worth waking a thread for; some 15 us
 
-template <class A>
-void gae_row(const A* rewards, const A* values, const uint8_t* mask, const uint8_t* value_mask,
-             A* adv, A* ret, int64_t T, A gamma, A gamma_lam, int mode) {
-  GaeCarry<A> carry;
-  gae_steps(rewards, values, mask, value_mask, adv, ret, 0, T, gamma, gamma_lam, mode, carry);
-}
-
 }  // namespace
 
 FASTRLHF_KERNEL(gae)(const void* rewards, const void* values, const uint8_t* mask,
@@ -44,13 +37,26 @@ FASTRLHF_KERNEL(gae)(const void* rewards, const void* values, const uint8_t* mas
     using A = decltype(zero);
     const int64_t grain = GRAIN_STEPS / max_of<int64_t>(T, 1) + 1;
     parallel_for(B, grain, nthreads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        gae_row(static_cast<const A*>(rewards) + b * rewards_stride,
-                static_cast<const A*>(values) + b * values_stride,
-                mask == nullptr ? nullptr : mask + b * mask_stride,
-                value_mask == nullptr ? nullptr : value_mask + b * value_mask_stride,
-                static_cast<A*>(adv) + b * adv_stride, static_cast<A*>(ret) + b * ret_stride, T,
-                static_cast<A>(gamma), static_cast<A>(gamma * lam), mode);
+      const auto row = [&](int64_t b) {
+        return GaeSteps<A>{
+            static_cast<const A*>(rewards) + b * rewards_stride,
+            static_cast<const A*>(values) + b * values_stride,
+            mask == nullptr ? nullptr : mask + b * mask_stride,
+            value_mask == nullptr ? nullptr : value_mask + b * value_mask_stride,
+            static_cast<A*>(adv) + b * adv_stride,
+            static_cast<A*>(ret) + b * ret_stride,
+        };
+      };
+      const A c = static_cast<A>(gamma), c_lam = static_cast<A>(gamma * lam);
+      int64_t b = begin;
+      for (; b + LOCKSTEP <= end; b += LOCKSTEP) {
+        GaeSteps<A> rows[LOCKSTEP];
+        for (int j = 0; j < LOCKSTEP; ++j) rows[j] = row(b + j);
+        gae_lockstep(rows, 0, T, c, c_lam, mode);
+      }
+      for (; b < end; ++b) {
+        GaeSteps<A> one = row(b);
+        gae_steps(one, 0, T, c, c_lam, mode);
       }
     });
     return nullptr;
@@ -67,10 +73,14 @@ FASTRLHF_KERNEL(gae_varlen)(const void* rewards, const void* values, const int64
     parallel_for(N, grain, nthreads, [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {
         const int64_t first = cu_seqlens[s];
-        gae_row<A>(static_cast<const A*>(rewards) + first, static_cast<const A*>(values) + first,
-                   nullptr, nullptr, static_cast<A*>(adv) + first, static_cast<A*>(ret) + first,
-                   cu_seqlens[s + 1] - first, static_cast<A>(gamma), static_cast<A>(gamma * lam),
-                   GAE_SKIP);
+        GaeSteps<A> row{static_cast<const A*>(rewards) + first,
+                        static_cast<const A*>(values) + first,
+                        nullptr,
+                        nullptr,
+                        static_cast<A*>(adv) + first,
+                        static_cast<A*>(ret) + first};
+        gae_steps(row, 0, cu_seqlens[s + 1] - first, static_cast<A>(gamma),
+                  static_cast<A>(gamma * lam), GAE_SKIP);
       }
     });
     return nullptr;

@@ -36,31 +36,92 @@ struct GaeStep {
         runs(mask || (mode == GAE_DECAY)) {}
 };
 
+#if !defined(__CUDACC__)
+
+// A row on the CPU: its steps, and what the first step that runs to the right hands on.
 template <class A>
-struct GaeCarry {  // of the first step that runs to the right
-  A adv = 0, value = 0;
+struct GaeSteps {
+  const A *rewards, *values;
+  const uint8_t *mask, *value_mask;  // absent: every step is valid; values live where mask says
+  A *adv, *ret;
+  A next_adv = 0, next_value = 0;
 };
 
-// Steps begin to end - 1 of a row, from right to left: the CPU's plain loop.
+// Steps begin to end - 1 of a row, from right to left.
 template <class A>
-inline void gae_steps(const A* rewards, const A* values, const uint8_t* mask,
-                      const uint8_t* value_mask, A* adv, A* ret, int64_t begin, int64_t end,
-                      A gamma, A gamma_lam, int mode, GaeCarry<A>& carry) {
-  A next_adv = carry.adv, next_value = carry.value;
+inline void gae_steps(GaeSteps<A>& row, int64_t begin, int64_t end, A gamma, A gamma_lam,
+                      int mode) {
+  A next_adv = row.next_adv, next_value = row.next_value;
   for (int64_t t = end - 1; t >= begin; --t) {
-    const bool valid = mask == nullptr || mask[t] != 0;
-    const bool has_value = value_mask == nullptr ? valid : value_mask[t] != 0;
-    const GaeStep<A, bool> step(rewards[t], values[t], valid, has_value, mode);
+    const bool valid = row.mask == nullptr || row.mask[t] != 0;
+    const bool has_value = row.value_mask == nullptr ? valid : row.value_mask[t] != 0;
+    const GaeStep<A, bool> step(row.rewards[t], row.values[t], valid, has_value, mode);
     if (step.runs) {
       next_adv = gae_delta(step.reward, step.value, next_value, gamma) + gamma_lam * next_adv;
       next_value = step.value;
     }
-    adv[t] = valid ? next_adv : A(0);
-    ret[t] = has_value ? next_adv + step.value : A(0);
+    row.adv[t] = valid ? next_adv : A(0);
+    row.ret[t] = has_value ? next_adv + step.value : A(0);
   }
-  carry.adv = next_adv;
-  carry.value = next_value;
+  row.next_adv = next_adv;
+  row.next_value = next_value;
 }
+
+constexpr int LOCKSTEP = 4;
+
+template <class A>
+struct lockstep_of {
+  typedef A type __attribute__((vector_size(LOCKSTEP * sizeof(A))));
+};
+
+// The same of LOCKSTEP rows side by side, in the lanes of a vector: a step must wait for the one to
+// its right, so that a row alone leaves the processor idle; and no branch depends on a mask. The
+// masks of all rows, or of none, are absent. The bits of a row are those of gae_steps.
+template <class A>
+inline void gae_lockstep(GaeSteps<A>* rows, int64_t begin, int64_t end, A gamma, A gamma_lam,
+                         int mode) {
+  using V = typename lockstep_of<A>::type;
+  using M = decltype(V{} < V{});
+  GaeSteps<A> row[LOCKSTEP];
+  V next_adv{}, next_value{};
+  for (int j = 0; j < LOCKSTEP; ++j) {
+    row[j] = rows[j];
+    next_adv[j] = row[j].next_adv;
+    next_value[j] = row[j].next_value;
+  }
+  const bool has_mask = row[0].mask != nullptr, has_value_mask = row[0].value_mask != nullptr;
+  const M all = ~M{}, always = mode == GAE_DECAY ? all : M{};
+  for (int64_t t = end - 1; t >= begin; --t) {
+    V r{}, v{};
+    M valid = all;
+    for (int j = 0; j < LOCKSTEP; ++j) r[j] = row[j].rewards[t];
+    for (int j = 0; j < LOCKSTEP; ++j) v[j] = row[j].values[t];
+    if (has_mask) {
+      for (int j = 0; j < LOCKSTEP; ++j) valid[j] = row[j].mask[t];
+      valid = valid != 0;
+    }
+    M has_value = valid;
+    if (has_value_mask) {
+      for (int j = 0; j < LOCKSTEP; ++j) has_value[j] = row[j].value_mask[t];
+      has_value = has_value != 0;
+    }
+    r = valid ? r : V{};
+    v = has_value ? v : V{};
+    const M runs = valid | always;
+    next_adv = runs ? gae_delta(r, v, next_value, gamma) + gamma_lam * next_adv : next_adv;
+    next_value = runs ? v : next_value;
+    const V adv = valid ? next_adv : V{};
+    const V ret = has_value ? next_adv + v : V{};
+    for (int j = 0; j < LOCKSTEP; ++j) row[j].adv[t] = adv[j];
+    for (int j = 0; j < LOCKSTEP; ++j) row[j].ret[t] = ret[j];
+  }
+  for (int j = 0; j < LOCKSTEP; ++j) {
+    rows[j].next_adv = next_adv[j];
+    rows[j].next_value = next_value[j];
+  }
+}
+
+#endif
 
 }  // namespace
 }  // namespace fastrlhf::FASTRLHF_ISA

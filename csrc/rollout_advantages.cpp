@@ -23,37 +23,47 @@ namespace fastrlhf::FASTRLHF_ISA {
 namespace {
 
 constexpr int64_t GRAIN_STEPS = 4096;  // steps worth waking a thread for
-constexpr int64_t BLOCK = 512;  // steps a block: what it reads and writes stays in the nearest cache
+constexpr int64_t BLOCK = 128;  // steps a block: what LOCKSTEP rows of it touch stays near
 
 template <class A>
 struct RolloutRow {
-  const A *logprobs, *ref_logprobs, *values;
-  const uint8_t* mask;
-  A *adv, *ret, *rewards, *kl;
+  const A *logprobs, *ref_logprobs;
+  A *rewards, *kl;
+  A score;
+  bool scored = false;
 };
 
+// KL and rewards of steps begin to end - 1; the rightmost block that has a valid step gets the score.
 template <int E, class A>
-void rollout_row(const RolloutRow<A>& row, int64_t T, A score, A minus_beta, A gamma, A gamma_lam) {
+void reward_steps(RolloutRow<A>& row, const uint8_t* mask, int64_t begin, int64_t end,
+                  A minus_beta) {
   using V = vec_t<A>;
-  GaeCarry<A> carry;
-  bool scored = false;
+  each_vector<V>(end - begin, [&](int64_t i, int k) {
+    const int64_t t = begin + i;
+    const mask_t<V> valid = load_mask<V>(mask, t, k);
+    const V d = load_k(row.logprobs + t, k) - load_k(row.ref_logprobs + t, k);
+    const V kl = keep<V>(valid, kl_estimate<E, A>(d));
+    store_k(row.kl + t, kl, k);
+    store_k(row.rewards + t, keep<V>(valid, kl * minus_beta), k);
+  });
+  for (int64_t t = end - 1; !row.scored && t >= begin; --t) {
+    if (mask[t] == 0) continue;
+    row.rewards[t] += row.score;
+    row.scored = true;
+  }
+}
+
+template <int E, class A>
+void rollout_rows(RolloutRow<A>* rows, GaeSteps<A>* steps, int n, int64_t T, A minus_beta, A gamma,
+                  A gamma_lam) {
   for (int64_t end = T; end > 0;) {
     const int64_t begin = (end - 1) / BLOCK * BLOCK;
-    each_vector<V>(end - begin, [&](int64_t i, int k) {
-      const int64_t t = begin + i;
-      const mask_t<V> valid = load_mask<V>(row.mask, t, k);
-      const V d = load_k(row.logprobs + t, k) - load_k(row.ref_logprobs + t, k);
-      const V kl = keep<V>(valid, kl_estimate<E, A>(d));
-      store_k(row.kl + t, kl, k);
-      store_k(row.rewards + t, keep<V>(valid, kl * minus_beta), k);
-    });
-    for (int64_t t = end - 1; !scored && t >= begin; --t) {
-      if (row.mask[t] == 0) continue;
-      row.rewards[t] += score;
-      scored = true;
+    for (int j = 0; j < n; ++j) reward_steps<E>(rows[j], steps[j].mask, begin, end, minus_beta);
+    if (n == LOCKSTEP) {
+      gae_lockstep(steps, begin, end, gamma, gamma_lam, GAE_SKIP);
+    } else {
+      for (int j = 0; j < n; ++j) gae_steps(steps[j], begin, end, gamma, gamma_lam, GAE_SKIP);
     }
-    gae_steps<A>(row.rewards, row.values, row.mask, nullptr, row.adv, row.ret, begin, end, gamma,
-                 gamma_lam, GAE_SKIP, carry);
     end = begin;
   }
 }
@@ -73,18 +83,23 @@ FASTRLHF_KERNEL(rollout_advantages)(const void* logprobs, const void* ref_logpro
     const char* error = with_estimator(estimator, [&](auto which) -> const char* {
       const int64_t grain = GRAIN_STEPS / max_of<int64_t>(T, 1) + 1;
       parallel_for(B, grain, nthreads, [&](int64_t first, int64_t last) {
-        for (int64_t b = first; b < last; ++b) {
-          const RolloutRow<A> row{static_cast<const A*>(logprobs) + b * logprobs_stride,
-                                  static_cast<const A*>(ref_logprobs) + b * ref_logprobs_stride,
-                                  static_cast<const A*>(values) + b * values_stride,
-                                  mask + b * T,
-                                  advantages + b * T,
-                                  static_cast<A*>(ret) + b * T,
-                                  static_cast<A*>(rewards) + b * T,
-                                  static_cast<A*>(kl) + b * T};
-          const A score = clamp_score(static_cast<const A*>(scores)[b], static_cast<A>(clip));
-          rollout_row<decltype(which)::value>(row, T, score, static_cast<A>(-beta),
-                                              static_cast<A>(gamma), static_cast<A>(gamma * lam));
+        for (int64_t b = first; b < last; b += LOCKSTEP) {
+          const int n = static_cast<int>(min_of<int64_t>(LOCKSTEP, last - b));
+          RolloutRow<A> rows[LOCKSTEP];
+          GaeSteps<A> steps[LOCKSTEP];
+          for (int j = 0; j < n; ++j) {
+            const int64_t at = b + j;
+            rows[j] = {static_cast<const A*>(logprobs) + at * logprobs_stride,
+                       static_cast<const A*>(ref_logprobs) + at * ref_logprobs_stride,
+                       static_cast<A*>(rewards) + at * T, static_cast<A*>(kl) + at * T,
+                       clamp_score(static_cast<const A*>(scores)[at], static_cast<A>(clip))};
+            steps[j] = {rows[j].rewards, static_cast<const A*>(values) + at * values_stride,
+                        mask + at * T,   nullptr,
+                        advantages + at * T, static_cast<A*>(ret) + at * T};
+          }
+          rollout_rows<decltype(which)::value>(rows, steps, n, T, static_cast<A>(-beta),
+                                               static_cast<A>(gamma),
+                                               static_cast<A>(gamma * lam));
         }
       });
       return nullptr;

@@ -20,6 +20,13 @@ def layouts(*tensors: Tensor) -> Iterator[Tensors]:
     yield tuple(torch.cat([x, x], 1)[:, : x.shape[1]] for x in tensors)
 
 
+def far_apart(x: Tensor) -> Tensor:
+    """The (2, T) tensor with rows 2^31 elements apart, on pages of which few are ever touched."""
+    far = 2**31
+    wide = torch.empty(far + x.shape[1], dtype=x.dtype, device=x.device)
+    return wide.as_strided(x.shape, (far, 1)).copy_(x)
+
+
 def outputs(result: Any) -> list[Tensor]:
     """The tensors of an op's result, a loss's statistics included."""
     if isinstance(result, Tensor):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from op_checks import far_apart
 from oracle import Backend, assert_accurate, assert_same_bits
 from torch import Tensor
 
@@ -197,6 +200,36 @@ def test_strides(backend: Backend) -> None:
         dense = gae(*(x.contiguous() for x in args), backend=backend.name)
         for x, y in zip(gae(*args, backend=backend.name), dense, strict=True):
             assert_same_bits(x, y)
+
+
+def test_rows_far_apart(backend: Backend) -> None:
+    rewards, values, mask = case(2, 40, backend)
+    args = (rewards.half(), values.half(), mask)
+    op = partial(gae, masked="decay", backend=backend.name)
+    expected = op(*args, value_mask=mask)
+    for i in range(3):  # one at a time: each is 4 GiB of addresses
+        for x, y in zip(
+            op(*args[:i], far_apart(args[i]), *args[i + 1 :], value_mask=mask),
+            expected,
+            strict=True,
+        ):
+            assert_same_bits(x, y)
+    for x, y in zip(op(*args, value_mask=far_apart(mask)), expected, strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("masked", ["skip", "decay"])
+def test_nothing_and_next_to_nothing(backend: Backend, masked: str) -> None:
+    op = partial(gae, masked=masked, backend=backend.name)
+    for B, T in ((0, 0), (0, 5), (3, 0)):
+        rewards, values, mask = case(B, T, backend)
+        for valid in (None, mask):
+            assert all(x.shape == (B, T) for x in op(rewards, values, valid))
+    rewards, values, mask = case(3, 1, backend)
+    mask[:] = torch.tensor([[True], [False], [True]])
+    check(backend, rewards, values, mask, masked=masked)
+    rewards, values, mask = case(3, 300, backend)
+    assert not any(x.any() for x in op(rewards, values, torch.zeros_like(mask)))
 
 
 def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:

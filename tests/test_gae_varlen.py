@@ -104,6 +104,27 @@ def test_strided_arguments(backend: Backend) -> None:
         assert_same_bits(x, y)
 
 
+def test_entries_far_apart(backend: Backend) -> None:
+    """Steps 2^31 elements apart, on pages that are never touched."""
+    rewards, values, cu_seqlens = case([1, 1], backend)
+    wide = torch.empty(2**31 + 1, dtype=torch.float16, device=backend.device)
+    far = wide.as_strided((2,), (2**31,)).copy_(rewards)
+    expected = gae_varlen(rewards.half(), values, cu_seqlens, backend=backend.name)
+    for x, y in zip(
+        gae_varlen(far, values, cu_seqlens, backend=backend.name), expected, strict=True
+    ):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0], [1], [0, 1, 0, 1]])
+def test_nothing_and_next_to_nothing(backend: Backend, lengths: list[int]) -> None:
+    args = case(lengths, backend)
+    found = gae_varlen(*args, backend=backend.name)
+    expected = oracle(*args[:2], lengths, 1.0, 0.95)
+    for a, r, o in zip(found, gae_varlen_ref(*args), expected, strict=True):
+        assert_accurate(a, r, o)
+
+
 def test_fp64_stays_fp64(backend: Backend) -> None:
     if backend.name in ("triton", "cuda"):
         args = (x.double() for x in case([3], backend)[:2])
@@ -152,6 +173,16 @@ def test_bad_offsets_are_refused(backend: Backend, offsets: list[int]) -> None:
         ({"values": torch.zeros(5)}, r"values must have shape \(6,\), got \(5,\)"),
         ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens must be int64 or int32"),
         ({"cu_seqlens": torch.zeros(0).long()}, r"cu_seqlens must have shape \(G \+ 1,\)"),
+        ({"rewards": [0.0]}, "rewards must be a tensor, got list"),
+        ({"rewards": torch.zeros(6).int()}, "rewards must be fp32, bf16, fp16 or fp64"),
+        ({"values": torch.zeros(6, device="meta")}, "values must be on cpu, got meta"),
+        ({"cu_seqlens": [0, 6]}, "cu_seqlens must be a tensor, got list"),
+        (
+            {"cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")},
+            "cu_seqlens must be on cpu, got meta",
+        ),
+        ({"gamma": "1"}, "gamma must be a number, got str"),
+        ({"backend": "gpu"}, "backend must be one of ref, cpu, triton, cuda"),
         ({"lam": -0.1}, r"lam must be in \[0.0, 1.0\], got -0.1"),
     ],
 )

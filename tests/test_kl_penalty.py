@@ -14,6 +14,7 @@ from op_checks import (
     assert_layout_changes_no_bit,
     assert_repeats,
     assert_second_derivative_raises,
+    far_apart,
     with_gradients,
 )
 from oracle import Backend, assert_accurate, assert_same_bits
@@ -142,6 +143,14 @@ def test_layouts_and_expanded_gradients(backend: Backend) -> None:
         (expanded,) = torch.autograd.grad(op(leaf, y).sum(), leaf)  # a stride-0 upstream gradient
         (dense,) = torch.autograd.grad(op(leaf, y), leaf, torch.ones_like(x))
         assert_same_bits(expanded, dense)
+
+
+def test_rows_far_apart(backend: Backend) -> None:
+    x, y = case(backend, (2, 40), torch.float16)
+    expected = kl_penalty(x, y, estimator="k3", backend=backend.name)
+    for args in ((far_apart(x), y), (x, far_apart(y))):
+        found = kl_penalty(*args, estimator="k3", backend=backend.name)
+        assert_same_bits(found, expected)
 
 
 def test_entries_do_not_depend_on_the_batch(backend: Backend) -> None:

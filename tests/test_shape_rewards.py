@@ -13,6 +13,7 @@ from op_checks import (
     assert_layout_changes_no_bit,
     assert_repeats,
     assert_second_derivative_raises,
+    far_apart,
     with_gradients,
 )
 from oracle import Backend, assert_accurate, assert_same_bits
@@ -145,6 +146,28 @@ def test_layouts_and_expanded_gradients(backend: Backend) -> None:
     dense = torch.autograd.grad(op(*leaves, mask), leaves, torch.ones(4, 33, device=kl.device))
     for x, y in zip(expanded, dense, strict=True):
         assert_same_bits(x, y)
+
+
+def test_rows_far_apart(backend: Backend) -> None:
+    scores, kl, mask = case(backend, 2, 40)
+    kl = kl.half()
+    op = partial(shape_rewards, beta=0.1, backend=backend.name)
+    expected = op(scores, kl, mask)
+    assert_same_bits(op(scores, far_apart(kl), mask), expected)
+    assert_same_bits(op(scores, kl, far_apart(mask)), expected)
+
+
+def test_nothing_and_next_to_nothing(backend: Backend) -> None:
+    for B, T in ((0, 0), (0, 5), (3, 0)):
+        scores, kl, mask = case(backend, B, T)
+        assert shape_rewards(scores, kl, mask, beta=0.1, backend=backend.name).shape == (B, T)
+    scores, kl, mask = case(backend, 3, 1)
+    mask[:] = torch.tensor([[True], [False], [True]])
+    check(backend, scores, kl, mask, 0.1, 1.0)
+    scores[0] = NAN  # of a row without a valid token
+    assert not shape_rewards(
+        scores, kl, torch.zeros_like(mask), beta=0.1, backend=backend.name
+    ).any()
 
 
 def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:

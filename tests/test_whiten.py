@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from op_checks import assert_compiled_is_eager, layouts
+from op_checks import assert_compiled_is_eager, far_apart, layouts
 from oracle import Backend, assert_accurate, assert_same_bits
 from torch import Tensor
 
@@ -154,6 +154,14 @@ def test_layouts(backend: Backend) -> None:
     row = (x[:1].expand(4, 33), mask[:1].expand(4, 33))
     dense = whiten(*(t.contiguous() for t in row), backend=backend.name)
     assert_same_bits(whiten(*row, backend=backend.name), dense)
+
+
+def test_rows_far_apart(backend: Backend) -> None:
+    x, mask = case(backend, (2, 40))
+    x = x.half()
+    expected = whiten(x, mask, backend=backend.name)
+    assert_same_bits(whiten(far_apart(x), mask, backend=backend.name), expected)
+    assert_same_bits(whiten(x, far_apart(mask), backend=backend.name), expected)
 
 
 def test_repeats(backend: Backend) -> None:
