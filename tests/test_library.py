@@ -1,6 +1,7 @@
 """Registration: gradients, detachment, second derivatives, opcheck and torch.compile.
 
-With an op of its own, cube(x, a) = a x^3, beside a count that has no gradient.
+With an op of its own, cube(x, a) = a x^3, beside a count that has no gradient; and `lean_cube`, the
+same registered by `inputs=`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrlhf_kernels._library import register, register_backward
 
@@ -38,6 +41,37 @@ cube = register(
     backward=_backward,
 )
 
+
+def _lean_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.a, ctx.backend = inputs[2:]
+
+
+def _lean_backward(ctx, grad: Tensor | None) -> tuple[Tensor | None]:
+    if grad is None:
+        return (None,)
+    return (_cube_backward(grad, *ctx.saved_tensors, ctx.a, ctx.backend),)
+
+
+_lean_cube = register(
+    "test_lean_cube(Tensor x, Tensor data, float a, str backend) -> (Tensor, Tensor)",
+    {"cpu": lambda x, data, a: (a * x**3, (x > 0).sum())},
+    lambda x, data, a, backend: (torch.empty_like(x), x.new_empty((), dtype=torch.int64)),
+    setup_context=_lean_setup,
+    backward=_lean_backward,
+    inputs=(0,),
+)
+
+
+DATA = torch.ones(2, requires_grad=True)  # but the op says that it has no gradient
+
+
+def lean_cube(x: Tensor, a: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _lean_cube(x, DATA, a, backend)
+
+
+CUBES = pytest.mark.parametrize("cube", [cube, lean_cube], ids=["all outputs", "first output"])
+
 double = register(
     "test_double(Tensor x, str backend) -> Tensor",
     {"cpu": lambda x: 2.0 * x},
@@ -45,13 +79,15 @@ double = register(
 )
 
 
-def test_gradient() -> None:
+@CUBES
+def test_gradient(cube) -> None:
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: cube(x, 2.0, "cpu")[0], (x,))
     assert not cube(x, 2.0, "cpu")[1].requires_grad
 
 
-def test_second_derivative_raises() -> None:
+@CUBES
+def test_second_derivative_raises(cube) -> None:
     x = torch.randn(5, requires_grad=True)
     (grad,) = torch.autograd.grad(cube(x, 2.0, "cpu")[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not supported"):
@@ -69,10 +105,12 @@ def test_without_backward_results_are_detached() -> None:
 def test_opcheck(requires_grad: bool) -> None:
     x = torch.randn(5, requires_grad=requires_grad)
     torch.library.opcheck(cube, (x, 2.0, "cpu"))
+    torch.library.opcheck(_lean_cube, (x, x.detach(), 2.0, "cpu"))
     torch.library.opcheck(double, (x.detach(), "cpu"))
 
 
-def test_compiled_equals_eager() -> None:
+@CUBES
+def test_compiled_equals_eager(cube) -> None:
     def step(x: Tensor) -> Tensor:
         y, count = cube(2.0 * x, 0.5, "cpu")
         return (y * double(x, "cpu") / (1 + count)).sum()
@@ -85,6 +123,64 @@ def test_compiled_equals_eager() -> None:
         grads.append((value.detach(), x.grad))
     assert torch.equal(grads[0][0], grads[1][0])
     assert torch.equal(grads[0][1], grads[1][1])
+
+
+@CUBES
+def test_the_short_way_gives_the_dispatchers_bits(cube) -> None:
+    """A graph of gradients, or a mode, makes the calls go through the dispatcher."""
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(33, requires_grad=True)
+    upstream = torch.randn(33)
+    (short,) = torch.autograd.grad(cube(x, 2.0, "cpu")[0], x, upstream)
+    (graphed,) = torch.autograd.grad(cube(x, 2.0, "cpu")[0], x, upstream, create_graph=True)
+    with Seen() as seen:
+        (watched,) = torch.autograd.grad(cube(x, 2.0, "cpu")[0], x, upstream)
+    assert graphed.requires_grad
+    assert torch.equal(short, graphed)
+    assert torch.equal(short, watched)
+    names = [name for name in seen.names if "cube" in name]
+    assert len(names) == 2, names
+    assert names[1] == "test_cube_backward.default"
+
+
+@CUBES
+def test_lazy_and_fake_tensors_take_the_dispatcher(cube) -> None:
+    x = torch.randn(7)
+    lazy = torch._neg_view(x).requires_grad_()  # a negation that no one has carried out yet
+    plain = (-x).requires_grad_()
+    assert lazy.is_neg()
+    upstream = torch._neg_view(torch.ones(7))
+    for f in (lambda y: cube(y, 2.0, "cpu")[0], lambda y: double(y, "cpu")):
+        assert torch.equal(f(lazy), f(plain))
+    (of_lazy,) = torch.autograd.grad(cube(lazy, 2.0, "cpu")[0], lazy, upstream)
+    (of_plain,) = torch.autograd.grad(cube(plain, 2.0, "cpu")[0], plain, -torch.ones(7))
+    assert torch.equal(of_lazy, of_plain)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(7, requires_grad=True)
+        (gradient,) = torch.autograd.grad(cube(fake, 2.0, "cpu")[0].sum(), fake)
+    assert gradient.shape == (7,)
+    assert type(gradient) is type(fake)
+
+
+def test_only_the_named_inputs_have_a_gradient() -> None:
+    x, data = torch.randn(4), torch.randn(4, requires_grad=True)
+    assert not any(y.requires_grad for y in _lean_cube(x, data, 2.0, "cpu"))
+    first, count = _lean_cube(x.requires_grad_(), data, 2.0, "cpu")
+    assert first.requires_grad
+    assert not count.requires_grad
+    first.sum().backward()
+    assert data.grad is None
+    with torch.no_grad():
+        assert not _lean_cube(x, data, 2.0, "cpu")[0].requires_grad
 
 
 def test_backward_needs_its_context() -> None:

@@ -27,19 +27,25 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
+# A check that passes costs a call or two of Python: what is right is asked first, at once, and the
+# messages are made by functions that run on failure alone.
+
+
 def check_tensor(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:
-    check_tensor(op, name, x)
+    if not isinstance(x, Tensor):
+        check_tensor(op, name, x)
     if x.dtype not in FLOATS:
         raise ValueError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {x.dtype}")
 
 
 def check_integer(op: str, name: str, x: Tensor) -> None:
-    check_tensor(op, name, x)
+    if not isinstance(x, Tensor):
+        check_tensor(op, name, x)
     if x.dtype not in INTEGERS:
         raise ValueError(f"{op}: {name} must be int64 or int32, got {x.dtype}")
 
@@ -61,6 +67,13 @@ def check_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
 
 def check_like(op: str, name: str, x: Tensor, like: Tensor) -> None:
     """A floating tensor with the shape and device of `like`."""
+    if (
+        isinstance(x, Tensor)
+        and x.dtype in FLOATS
+        and x.shape == like.shape
+        and x.device == like.device
+    ):
+        return
     check_float(op, name, x)
     check_shape(op, name, x, like.shape)
     check_device(op, name, x, like.device)
@@ -76,6 +89,8 @@ def check_number(
     open_low: bool = False,
 ) -> None:
     """A Python number in [low, high], or (low, high] with `open_low`; NaN is refused."""
+    if type(value) is float and low < value <= high:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{op}: {name} must be a number, got {type(value).__name__}")
     inside = low < value <= high if open_low else low <= value <= high
@@ -90,13 +105,15 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
 
 
 def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
+    if normalizer is None:
+        return
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(
                 f"{op}: normalizer must be a number or a 0-d tensor, "
                 f"got shape {tuple(normalizer.shape)}"
             )
-    elif normalizer is not None:
+    else:
         check_number(op, "normalizer", normalizer, low=0.0, open_low=True)
 
 
@@ -104,6 +121,13 @@ def as_mask(op: str, name: str, mask: Tensor | None, like: Tensor) -> Tensor | N
     """`mask` (bool, int or float; nonzero is valid) as bool, shaped and placed like `like`."""
     if mask is None:
         return None
+    if (
+        isinstance(mask, Tensor)
+        and mask.dtype == torch.bool
+        and mask.shape == like.shape
+        and mask.device == like.device
+    ):
+        return mask
     check_tensor(op, name, mask)
     if mask.dtype.is_complex:
         raise ValueError(f"{op}: {name} must be bool, int or float, got {mask.dtype}")

@@ -3,8 +3,15 @@
 An op is a schema whose last argument is `str backend`, a dict from backend to implementation, and a
 fake that gives its outputs' shapes. The implementation gets the other arguments, in order.
 
-The autograd key is filled by hand: `torch.library.register_autograd` costs 22 us for a call with
-gradient on the machine this was written on, this 15 us, the same op without gradient 6.
+What a call costs above its work, in microseconds on the 2-core EPYC of bench/NOTES.md: into the
+dispatcher and to the Autograd key 3, an autograd.Function of one input 3, of ten inputs 5. Hence:
+
+- the autograd key is filled by hand (`torch.library.register_autograd` costs 7 more);
+- from it a call on plain CPU or CUDA tensors goes straight to the implementation, since that is
+  what the dispatcher would find next. Where anything else is to be done on the way (a mode, a fake
+  tensor, tracing, a lazy negation), the dispatcher does it;
+- an op whose first output alone is differentiable gives its Function nothing but the inputs that
+  have a gradient (`inputs=`).
 """
 
 from __future__ import annotations
@@ -21,8 +28,28 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd_keyset = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
+_added_keys = torch._C._dispatch_tls_local_include_set
+_dispatch_keys = torch._C._dispatch_keys
+_is_grad_enabled = torch.is_grad_enabled
+_functorch_is_active = torch._C._are_functorch_transforms_active
+
+
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return int(keys.raw_repr())
+
+
+# What is left of a call's dispatch keys below Autograd where nothing but our kernel comes next.
+_PLAIN = frozenset(
+    _keys(device, *more) for device in ("CPU", "CUDA") for more in ((), ("ADInplaceOrView",))
+)
+# What torch adds to every call's keys, in inference mode and out of it; a mode adds more.
+_PLAIN_ADDED = frozenset((_keys("BackendSelect"), _keys("BackendSelect", "ADInplaceOrView")))
 
 Op = Callable[..., Any]
+Compute = Callable[[Any, tuple[Any, ...]], Any]  # an op below Autograd: (dispatch keys, arguments)
 
 
 def register(
@@ -32,6 +59,7 @@ def register(
     *,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., tuple[Any, ...]] | None = None,
+    inputs: tuple[int, ...] | None = None,
 ) -> Op:
     """Registers `fastrlhf::<name>` and returns it, ready to be called.
 
@@ -45,25 +73,29 @@ def register(
         backward: function of (ctx, *gradients of the outputs), which returns a gradient or None
             for each argument but the backend. It calls an op made by `register_backward`.
             Without it the results are detached.
+        inputs: the cheaper way, for an op whose only differentiable output is its first: the
+            positions of the arguments that have a gradient, tensors all. `backward` is then a
+            function of (ctx, gradient of the first output or None), which returns gradients for
+            these alone; `ctx.needs_input_grad` speaks of these alone, after two entries of no
+            meaning. The other outputs are detached; setup_context may save but not mark them.
     """
-
-    def run(*args: Any) -> Any:
-        return implementations[args[-1]](*args[:-1])
-
-    name, op = _define(schema, run, fake)
+    name, op, compute = _define(schema, implementations, fake)
 
     if backward is None:
-        _fill_autograd_key(name, op, None)
+        _fill_autograd_key(name, compute)
         return op
     if setup_context is None:
         raise ValueError(f"{name}: backward needs setup_context")
     make_context, make_gradients = setup_context, backward
 
+    if inputs is not None:
+        _fill_autograd_key_of_first_output(name, compute, make_context, make_gradients, inputs)
+        return op
+
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            with _below_autograd():
-                output = op.redispatch(keyset & _after_autograd_keyset, *args)
+            output = compute(keyset, args)
             make_context(ctx, args, output)
             return output
 
@@ -71,25 +103,24 @@ def register(
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             return (None, *make_gradients(ctx, *grads), None)
 
-    _fill_autograd_key(name, op, Differentiable)
+    _fill_autograd_key(name, compute, Differentiable)
     return op
 
 
 def register_backward(
     schema: str, implementations: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]
 ) -> Op:
-    """Registers the op that computes another op's gradient; differentiating it raises."""
+    """Registers the op that computes another op's gradient; differentiating it raises.
 
-    def run(*args: Any) -> Any:
-        return implementations[args[-1]](*args[:-1])
-
-    name, op = _define(schema, run, fake)
+    What is returned calls the op, except in a plain backward pass, on plain tensors and without a
+    graph of gradients: there it calls the implementation, which saves a walk of some 8 us.
+    """
+    name, op, compute = _define(schema, implementations, fake)
 
     class OnceDifferentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            with _below_autograd():
-                return op.redispatch(keyset & _after_autograd_keyset, *args)
+            return compute(keyset, args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -98,26 +129,101 @@ def register_backward(
                 "(backend='ref' has them)"
             )
 
-    _fill_autograd_key(name, op, OnceDifferentiable)
-    return op
+    _fill_autograd_key(name, compute, OnceDifferentiable)
+
+    def call(*args: Any) -> Any:
+        if _is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*args)
+        if _added_keys().raw_repr() not in _PLAIN_ADDED:
+            return op(*args)
+        for x in args:
+            if isinstance(x, Tensor):
+                keys = _dispatch_keys(x) & _after_autograd_keyset
+                if keys.raw_repr() not in _PLAIN:
+                    return op(*args)
+        return implementations[args[-1]](*args[:-1])
+
+    return call
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> tuple[str, Any]:
+def _define(
+    schema: str, implementations: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]
+) -> tuple[str, Any, Compute]:
+    """The op's name, the op, and how its Autograd key computes it."""
+
+    def run(*args: Any) -> Any:
+        return implementations[args[-1]](*args[:-1])
+
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return name, getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def compute(keyset: Any, args: tuple[Any, ...]) -> Any:
+        keys = keyset & _after_autograd_keyset
+        with _below_autograd():
+            if keys.raw_repr() in _PLAIN:
+                return implementations[args[-1]](*args[:-1])
+            return op.redispatch(keys, *args)
+
+    return name, op, compute
 
 
-def _fill_autograd_key(name: str, op: Any, function: type[torch.autograd.Function] | None) -> None:
-    apply = None if function is None else function.apply
+def _applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its part in Python, which is there for functorch alone."""
+    # mypy knows no descriptors of torch._C.
+    bare: Callable[..., Any] = vars(torch._C._FunctionBase)["apply"].__get__(None, function)
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args) if _functorch_is_active() else bare(*args)
+
+    return apply
+
+
+def _fill_autograd_key(
+    name: str, compute: Compute, function: type[torch.autograd.Function] | None = None
+) -> None:
+    apply = None if function is None else _applier(function)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if apply is not None and torch.is_grad_enabled() and _any_requires_grad(*args):
+        if apply is not None and _is_grad_enabled() and _any_requires_grad(*args):
             return apply(keyset, *args)
-        with _below_autograd():
-            return op.redispatch(keyset & _after_autograd_keyset, *args)
+        return compute(keyset, args)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _fill_autograd_key_of_first_output(
+    name: str,
+    compute: Compute,
+    make_context: Callable[[Any, tuple[Any, ...], Any], None],
+    make_gradients: Callable[..., tuple[Any, ...]],
+    inputs: tuple[int, ...],
+) -> None:
+    class FirstDifferentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, args: tuple[Any, ...], output: Any, *inputs: Tensor) -> Tensor:
+            ctx.set_materialize_grads(False)
+            make_context(ctx, args, output)
+            first: Tensor = output if isinstance(output, Tensor) else output[0]
+            return first
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+            return (None, None, *make_gradients(ctx, grad))
+
+    apply = _applier(FirstDifferentiable)
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        output = compute(keyset, args)
+        if _is_grad_enabled():
+            differentiable = [args[i] for i in inputs]
+            if _any_requires_grad(*differentiable):
+                if isinstance(output, Tensor):
+                    return apply(args, output, *differentiable)
+                return apply(args, output, *differentiable), *output[1:]
+        return output
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)

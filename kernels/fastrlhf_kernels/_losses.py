@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
 from ._library import register_backward
 from ._triton import AotConfig, jit, on_device, tl
 
@@ -52,11 +53,20 @@ def results(
     x: Tensor, dtype: torch.dtype, n_stats: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the loss, `n_stats` stats and the inverse normalizer, and the gradient of `x`."""
-    return (
-        x.new_empty((), dtype=dtype),
-        x.new_empty(n_stats + 1, dtype=dtype),
-        x.new_empty(x.shape if with_gradient else 0, dtype=dtype),
-    )
+    # Naming a dtype or a shape costs up to a microsecond an allocation, more than the work of 96
+    # tokens: so neither is named where it need not be.
+    if x.dtype is not dtype:
+        stats = x.new_empty(n_stats + 1, dtype=dtype)
+        gradient = stats.new_empty(x.shape if with_gradient else 0)
+    else:
+        stats = x.new_empty(n_stats + 1)
+        if not with_gradient:
+            gradient = x.new_empty(0)
+        elif x.is_contiguous():
+            gradient = torch.empty_like(x)
+        else:
+            gradient = x.new_empty(x.shape)
+    return stats.new_empty(()), stats, gradient
 
 
 def native_normalizer(tensor: Tensor | None, number: float | None) -> tuple[int, float]:
@@ -209,7 +219,18 @@ def _scale_triton(grad_loss: Tensor, stats: Tensor, gradient: Tensor, dtype: tor
 
 
 def _scale_native(grad_loss: Tensor, stats: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    return (gradient * (grad_loss * stats[-1])).to(dtype)
+    wide = gradient.dtype
+    if wide == torch.float64 and dtype != torch.float64:
+        return _scale_native(grad_loss, stats, gradient, torch.float64).to(dtype)
+    out = torch.empty_like(gradient) if dtype is wide else torch.empty_like(gradient, dtype=dtype)
+    _native.call(
+        "loss_backward", out,
+        grad_loss.data_ptr(), stats.data_ptr() + (stats.numel() - 1) * stats.element_size(),
+        gradient.data_ptr(), out.data_ptr(),
+        out.numel(),
+        _native.DTYPE_TAGS[dtype],
+    )  # fmt: skip
+    return out
 
 
 def _scale_fake(
@@ -221,23 +242,20 @@ def _scale_fake(
 _scale = register_backward(
     "loss_backward(Tensor grad_loss, Tensor stats, Tensor gradient, ScalarType dtype, "
     "str backend) -> Tensor",
-    {"cpu": _scale_native, "triton": _scale_triton},
+    {"cpu": _scale_native, "triton": _scale_triton, "cuda": _scale_native},
     _scale_fake,
 )
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keeps what the backward needs; the differentiable input of a loss is its first."""
-    _, stats, gradient = output
-    ctx.mark_non_differentiable(stats, gradient)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(stats, gradient)
-    ctx.dtype, ctx.backend, ctx.others = inputs[0].dtype, inputs[-1], len(inputs) - 2
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 
-def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradient of the first input, and None for the others."""
+def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None]:
+    """The gradient of the first input."""
     if grad_loss is None:
-        return (None,) * (ctx.others + 1)
+        return (None,)
     stats, gradient = ctx.saved_tensors
-    return (_scale(grad_loss, stats, gradient, ctx.dtype, ctx.backend), *(None,) * ctx.others)
+    return (_scale(grad_loss, stats, gradient, ctx.dtype, ctx.backend),)

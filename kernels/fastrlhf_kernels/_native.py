@@ -64,3 +64,10 @@ def call(op: str, like: Tensor, *args: Any) -> None:
         getattr(cuda, op)(*args, like.device.index, stream)
     else:
         getattr(cpu, op)(*args, nthreads())
+
+
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` itself if it is contiguous and of that dtype, else a copy that is."""
+    if x.dtype is not dtype:  # Tensor.to costs a microsecond where it has nothing to do
+        x = x.to(dtype)
+    return x.contiguous()

@@ -28,7 +28,7 @@ from . import _native
 from ._backends import choose
 from ._checks import check_choice, check_float, check_like, compute_dtype
 from ._library import register, register_backward
-from ._native import pointer
+from ._native import dense
 from ._triton import AotConfig, exp, jit, on_device, tl
 
 BLOCK_N = 1024  # not tuned; bench/bench_kl_penalty.py on a GPU would
@@ -128,7 +128,10 @@ AOT_CONFIGS = [
 
 
 def _result(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    return logprobs.new_empty(logprobs.shape, dtype=compute_dtype(logprobs, ref_logprobs))
+    dtype = compute_dtype(logprobs, ref_logprobs)
+    if logprobs.dtype is dtype and logprobs.is_contiguous():
+        return torch.empty_like(logprobs)  # a microsecond less
+    return logprobs.new_empty(logprobs.shape, dtype=dtype)
 
 
 def _launch(grad: Tensor | None, logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -153,11 +156,11 @@ def _kl_penalty_triton(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -
 
 def _kl_penalty_native(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     out = _result(logprobs, ref_logprobs)
-    x = logprobs.to(out.dtype).contiguous()
-    y = ref_logprobs.to(out.dtype).contiguous()
+    x = dense(logprobs, out.dtype)
+    y = dense(ref_logprobs, out.dtype)
     _native.call(
         "kl_penalty", out,
-        pointer(x), pointer(y), pointer(out),
+        x.data_ptr(), y.data_ptr(), out.data_ptr(),
         out.numel(),
         ESTIMATORS.index(estimator), _native.DTYPE_TAGS[out.dtype],
     )  # fmt: skip
@@ -169,11 +172,11 @@ def _backward_native(
 ) -> Tensor:
     out = _result(logprobs, ref_logprobs)
     g = grad.contiguous()
-    x = logprobs.to(out.dtype).contiguous()
-    y = ref_logprobs.to(out.dtype).contiguous()
+    x = dense(logprobs, out.dtype)
+    y = dense(ref_logprobs, out.dtype)
     _native.call(
         "kl_penalty_backward", out,
-        pointer(g), pointer(x), pointer(y), pointer(out),
+        g.data_ptr(), x.data_ptr(), y.data_ptr(), out.data_ptr(),
         out.numel(),
         ESTIMATORS.index(estimator), _native.DTYPE_TAGS[out.dtype],
     )  # fmt: skip
@@ -207,14 +210,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None
     logprobs, ref_logprobs = ctx.saved_tensors
-    _, wanted, ref_wanted, *_ = ctx.needs_input_grad  # the first is the dispatcher's
-    d = _kl_penalty_backward(grad, logprobs, ref_logprobs, ctx.estimator, ctx.backend)
+    *_, wanted, ref_wanted = ctx.needs_input_grad
+    if ctx.estimator == "k1" and not torch.is_grad_enabled():
+        d = grad  # as it is: no kernel. (For a graph of gradients the op is called: it refuses.)
+    else:
+        d = _kl_penalty_backward(grad, logprobs, ref_logprobs, ctx.estimator, ctx.backend)
     return (
         d.to(logprobs.dtype) if wanted else None,
         (-d).to(ref_logprobs.dtype) if ref_wanted else None,
-        None,
     )
 
 
@@ -224,6 +231,7 @@ _kl_penalty = register(
     _kl_penalty_fake,
     setup_context=_setup_context,
     backward=_backward,
+    inputs=(0, 1),
 )
 
 

@@ -48,7 +48,7 @@ from ._losses import (
     sum_of_tiles,
     wants_gradient,
 )
-from ._native import pointer
+from ._native import dense, pointer
 from ._triton import exp, jit, on_device, tl
 
 STATS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
@@ -244,17 +244,18 @@ def _policy_loss_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, stats, gradient = _results(logprobs, old_logprobs, advantages, with_gradient)
     dtype = loss.dtype
-    new = logprobs.to(dtype).contiguous()
-    old = old_logprobs.to(dtype).contiguous()
-    a = advantages.to(dtype).contiguous()
+    new = dense(logprobs, dtype)
+    old = dense(old_logprobs, dtype)
+    a = dense(advantages, dtype)
     valid = None if mask is None else mask.contiguous()
     N = new.numel()
-    tiles = n_tiles(N, SUM_TILE)
-    scratch = loss.new_empty((tiles, FIELDS), dtype=torch.float64) if tiles > 1 else None
+    scratch = None
+    if N > SUM_TILE:
+        scratch = loss.new_empty((n_tiles(N, SUM_TILE), FIELDS), dtype=torch.float64)
     _native.call(
         "policy_loss", loss,
-        pointer(new), pointer(old), pointer(a), pointer(valid), pointer(scratch),
-        pointer(loss), pointer(stats), pointer(gradient) if with_gradient else None,
+        new.data_ptr(), old.data_ptr(), a.data_ptr(), pointer(valid), pointer(scratch),
+        loss.data_ptr(), stats.data_ptr(), gradient.data_ptr() if with_gradient else None,
         N,
         1.0 - clip, 1.0 + clip, *_losses.native_normalizer(normalizer, normalizer_number),
         _native.DTYPE_TAGS[dtype],
@@ -286,6 +287,7 @@ _policy_loss = register(
     _policy_loss_fake,
     setup_context=_losses.setup_context,
     backward=_losses.backward,
+    inputs=(0,),
 )
 
 

@@ -48,7 +48,7 @@ from ._losses import (
     sum_of_tiles,
     wants_gradient,
 )
-from ._native import pointer
+from ._native import dense
 from ._triton import AotConfig, exp, jit, log1p, on_device, tl
 
 STATS = ("pair_accuracy", "pairs")
@@ -228,15 +228,15 @@ def _ranking_loss_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, stats, gradient = _results(scores, with_gradient)
     dtype = loss.dtype
-    s = scores.to(dtype).contiguous()
-    r = ranks.to(torch.int64).contiguous()
-    sizes = group_sizes.to(torch.int64).contiguous()
+    s = dense(scores, dtype)
+    r = dense(ranks, torch.int64)
+    sizes = dense(group_sizes, torch.int64)
     G = sizes.shape[0]
     scratch = loss.new_empty((G, FIELDS + 1), dtype=torch.float64)
     _native.call(
         "ranking_loss", loss,
-        pointer(s), pointer(r), pointer(sizes), pointer(scratch),
-        pointer(loss), pointer(stats), pointer(gradient) if with_gradient else None,
+        s.data_ptr(), r.data_ptr(), sizes.data_ptr(), scratch.data_ptr(),
+        loss.data_ptr(), stats.data_ptr(), gradient.data_ptr() if with_gradient else None,
         G, s.shape[0],
         *_losses.native_normalizer(normalizer, normalizer_number), _native.DTYPE_TAGS[dtype],
     )  # fmt: skip
@@ -264,6 +264,7 @@ _ranking_loss = register(
     _ranking_loss_fake,
     setup_context=_losses.setup_context,
     backward=_losses.backward,
+    inputs=(0,),
 )
 
 

@@ -49,7 +49,7 @@ from ._losses import (
     wants_gradient,
 )
 from ._moments import merge_moments, moments_ref, tile_moments
-from ._native import pointer
+from ._native import dense, pointer
 from ._triton import jit, on_device, tl
 
 STATS = ("clip_fraction", "explained_variance")
@@ -230,17 +230,18 @@ def _value_loss_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, stats, gradient = _results(values, old_values, returns, with_gradient)
     dtype = loss.dtype
-    v = values.to(dtype).contiguous()
-    old = old_values.to(dtype).contiguous()
-    r = returns.to(dtype).contiguous()
+    v = dense(values, dtype)
+    old = dense(old_values, dtype)
+    r = dense(returns, dtype)
     valid = None if mask is None else mask.contiguous()
     N = v.numel()
-    tiles = n_tiles(N, SUM_TILE)
-    scratch = loss.new_empty((tiles, FIELDS), dtype=torch.float64) if tiles > 1 else None
+    scratch = None
+    if N > SUM_TILE:
+        scratch = loss.new_empty((n_tiles(N, SUM_TILE), FIELDS), dtype=torch.float64)
     _native.call(
         "value_loss", loss,
-        pointer(v), pointer(old), pointer(r), pointer(valid), pointer(scratch),
-        pointer(loss), pointer(stats), pointer(gradient) if with_gradient else None,
+        v.data_ptr(), old.data_ptr(), r.data_ptr(), pointer(valid), pointer(scratch),
+        loss.data_ptr(), stats.data_ptr(), gradient.data_ptr() if with_gradient else None,
         N,
         -1.0 if clip is None else clip, *_losses.native_normalizer(normalizer, normalizer_number),
         _native.DTYPE_TAGS[dtype],
@@ -272,6 +273,7 @@ _value_loss = register(
     _value_loss_fake,
     setup_context=_losses.setup_context,
     backward=_losses.backward,
+    inputs=(0,),
 )
 
 
