@@ -203,6 +203,35 @@ def test_only_what_requires_a_gradient_gets_one(backend: Backend) -> None:
         torch.testing.assert_close(leaves[i].grad, full[i], rtol=1e-5, atol=1e-6)
 
 
+def test_scores_without_a_gradient(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the call with gradient; nothing is kept for a backward pass."""
+    monkeypatch.setattr(_linear, "ROWS", 4)
+    (hidden, weight, bias), labels = case(11, 16, 4099, backend)
+    labels[3] = -100
+    temperature = torch.linspace(0.5, 2.0, 11, device=backend.device)
+    for entropy in (False, True):
+        settings = {
+            "bias": bias, "softcap": 5.0, "temperature": temperature, "return_entropy": entropy,
+            "backend": backend.name,
+        }  # fmt: skip
+        leaf = hidden.clone().requires_grad_()
+        kept = linear_logprobs(leaf, weight, labels, **settings)
+        scored = linear_logprobs(hidden, weight, labels, **settings)
+        with torch.no_grad():
+            within = linear_logprobs(leaf, weight, labels, **settings)
+        for found in (scored, within):
+            for x, y in zip(torch.atleast_1d(found), torch.atleast_1d(kept), strict=True):
+                assert not x.requires_grad
+                assert_same_bits(x, y.detach())
+    if backend.name == "ref":
+        return
+    args = (leaf, weight, None, labels, None, 1.0, 1.0, 0.0, -100, False)
+    logprobs, _, states = torch.ops.fastrlhf.linear_logprobs.default(*args, False, "", backend.name)
+    assert states.numel() == 0
+    with pytest.raises(RuntimeError, match="without states"):
+        logprobs.sum().backward()
+
+
 def test_unused_results_and_expanded_gradients(backend: Backend) -> None:
     (hidden, weight, _), labels = case(5, 8, 37, backend)
     hidden.requires_grad_()
@@ -296,7 +325,7 @@ def test_opcheck_and_compile(backend: Backend) -> None:
     if backend.name != "ref":
         rows = torch.rand(5, device=backend.device) + 0.5
         for temperatures, entropy, b in ((None, True, bias), (rows, False, None)):
-            args = (hidden, weight, b, labels, temperatures, 0.7, 0.5, 3.0, -100, entropy, "")
+            args = (hidden, weight, b, labels, temperatures, 0.7, 0.5, 3.0, -100, entropy, True, "")
             torch.library.opcheck(torch.ops.fastrlhf.linear_logprobs.default, (*args, backend.name))
 
     def step(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:

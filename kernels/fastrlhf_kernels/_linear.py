@@ -150,21 +150,29 @@ def slice_head(head: Head, n0: int, n1: int, v0: int, v1: int) -> Head:
 
 
 def linear_forward(
-    backend: str, rows: Rows, weight: Tensor, *, entropy: bool, first: int, group: Group | None
+    backend: str,
+    rows: Rows,
+    weight: Tensor,
+    *,
+    entropy: bool,
+    keep: bool,
+    first: int,
+    group: Group | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(log-probs (n,), entropy (n,) or None, states) of the gathered rows.
 
-    The states of rows n0 to n1 of a piece are at states[3 * n0 : 3 * n1], as (3, n1 - n0).
+    With `keep` the states of rows n0 to n1 of a piece are at states[3 * n0 : 3 * n1], as
+    (3, n1 - n0); without, those of the last piece are left.
     """
     n, V = rows.hidden.shape[0], weight.shape[0]
     logprobs = rows.hidden.new_empty(n, dtype=rows.sum_dtype)
     entropies = torch.empty_like(logprobs) if entropy else None
-    states = rows.hidden.new_empty(3 * n, dtype=rows.sum_dtype)
+    states = logprobs.new_empty(3 * (n if keep else min(n, ROWS)))
     scratch = Scratch(rows, min(n, ROWS), min(V, COLUMNS))
     with without_autocast(weight):
         for n0 in range(0, n, ROWS):
             n1 = min(n, n0 + ROWS)
-            state = states[3 * n0 : 3 * n1]
+            state = states[3 * n0 : 3 * n1] if keep else states[: 3 * (n1 - n0)]
             out = logprobs[n0:n1], None if entropies is None else entropies[n0:n1]
             for v0 in range(0, V, COLUMNS):
                 v1 = min(V, v0 + COLUMNS)

@@ -10,7 +10,8 @@ through both results.
 Promises: those of logprobs_from_logits, for the logits above, but that a row's bits may depend on
 the batch as far as the bits of a matrix product do. Backends other than `ref` never hold (N, V),
 but pieces of 2048 x 4096 logits, and compute them again in the backward pass: four matrix products
-in all. They use torch's own products (see _linear.py for their dtypes) and fuse what lies between.
+in all; where no gradient is asked for nothing is kept, and the bits are the same. They use torch's
+own products (see _linear.py for their dtypes) and fuse what lies between.
 
 group: `weight` and `bias` are this rank's contiguous shard of the vocabulary, in rank order, shards
 may be uneven; `hidden` and `labels` are the same on every rank, labels are global. Every rank
@@ -99,14 +100,16 @@ def _group(name: str) -> Group | None:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
-def _results(hidden: Tensor, weight: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for log-probs, entropy (empty if not asked for) and the rows' states; the fake too."""
+def _results(
+    hidden: Tensor, weight: Tensor, return_entropy: bool, with_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for log-probs, entropy and the rows' states, empty where not asked for; the fake too."""
     dtype = compute_dtype(hidden, weight)
     N = hidden.shape[0]
     return (
         hidden.new_empty(N, dtype=dtype),
         hidden.new_empty(N if return_entropy else 0, dtype=dtype),
-        hidden.new_empty(3 * N, dtype=dtype),
+        hidden.new_empty(3 * N if with_states else 0, dtype=dtype),
     )
 
 
@@ -122,6 +125,7 @@ def _forward(
     softcap: float,
     ignore_index: int,
     return_entropy: bool,
+    with_states: bool,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "linear_logprobs"
@@ -136,11 +140,13 @@ def _forward(
         hidden, weight, bias, labels, temperatures, temperature, logit_scale, softcap, ignore_index
     )
     logprobs, entropy, gathered = linear_forward(
-        backend, rows, weight, entropy=return_entropy, first=first, group=group
+        backend, rows, weight, entropy=return_entropy, keep=with_states, first=first, group=group
     )
     N = labels.numel()
-    states = gathered.new_zeros(3 * N)
-    states[: gathered.numel()] = gathered
+    states = gathered if with_states else gathered.new_empty(0)
+    if with_states and gathered.numel() < 3 * N:
+        states = gathered.new_zeros(3 * N)
+        states[: gathered.numel()] = gathered
     return (
         scatter_rows(logprobs, rows.places, N),
         logprobs.new_empty(0) if entropy is None else scatter_rows(entropy, rows.places, N),
@@ -170,6 +176,8 @@ def _backward(
     group = _group(group_name)
     first = 0 if group is None else int(shard_range(weight.shape[0], weight.device, group)[0])
     N = labels.numel()
+    if states.numel() != 3 * N:
+        raise RuntimeError("linear_logprobs: called without states, so it has no gradient")
     rows = gather_rows(
         hidden, weight, bias, labels, temperatures, temperature, logit_scale, softcap, ignore_index
     )
@@ -202,7 +210,7 @@ def _forward_fake(
     labels: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(hidden, weight, return_entropy=rest[5])
+    return _results(hidden, weight, return_entropy=rest[5], with_states=rest[6])
 
 
 def _backward_fake(
@@ -226,7 +234,9 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, temperatures, *settings, return_entropy, group, backend = inputs
+    hidden, weight, bias, labels, temperatures, *settings, return_entropy, _, group, backend = (
+        inputs
+    )
     states = output[2]
     ctx.mark_non_differentiable(states)
     ctx.set_materialize_grads(False)
@@ -240,13 +250,13 @@ def _gradients(
     if not ctx.return_entropy:
         grad_entropy = None
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 11
+        return (None,) * 12
     # The first of Function.apply's arguments is not the op's: it is the dispatcher's key set.
     needs = ctx.needs_input_grad[1:4]
     gradients = _linear_logprobs_backward(
         grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.settings, *needs, *ctx.last
     )
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 8)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 9)
 
 
 IMPLEMENTATIONS = {name: partial(_forward, name) for name in ("cpu", "triton")}
@@ -254,7 +264,7 @@ IMPLEMENTATIONS = {name: partial(_forward, name) for name in ("cpu", "triton")}
 _linear_logprobs = register(
     "linear_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     "Tensor? temperatures, float temperature, float logit_scale, float softcap, int ignore_index, "
-    "bool return_entropy, str group, str backend) -> (Tensor, Tensor, Tensor)",
+    "bool return_entropy, bool with_states, str group, str backend) -> (Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _forward_fake,
     setup_context=_setup_context,
@@ -390,6 +400,12 @@ def linear_logprobs(
         0.0 if softcap is None else float(softcap),
         ignore_index,
         return_entropy,
+        torch.is_grad_enabled()
+        and (
+            hidden.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        ),
         "" if group is None else group.group_name,
         backend,
     )

@@ -1,0 +1,98 @@
+"""linear_ppo_loss with its gradient and an entropy bonus, beside bare products and other heads.
+
+    pytest bench/bench_linear_ppo_loss.py
+
+FLOPs: 6 N V H, three products; "recomputing" is policy_loss of linear_logprobs, which makes four.
+The other heads get the loss by PyTorch's operations. Peak memory includes the gradients,
+4 H (N + V) bytes in fp32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import DEVICE
+from linear_cases import PARTS, case, products, trl_logprobs
+from torch import Tensor
+
+from fastrlhf_kernels import available_backends, linear_logprobs, linear_ppo_loss, policy_loss
+
+SHAPES = (
+    [(4096, 2048, 50257), (8192, 4096, 151936)]
+    if DEVICE == "cuda"
+    else [(256, 128, 163), (1000, 128, 163), (2048, 512, 50257)]
+)
+ENTROPY_COEF = 0.01
+
+
+def surrogate(logprobs: Tensor, entropy: Tensor, old: Tensor, A: Tensor) -> Tensor:
+    ratio = (logprobs - old).clamp(-20.0, 20.0).exp()
+    clipped = torch.maximum(-A * ratio, -A * ratio.clamp(0.8, 1.2))
+    return clipped.mean() - ENTROPY_COEF * entropy.mean()
+
+
+def plain(h: Tensor, w: Tensor, y: Tensor, old: Tensor, A: Tensor) -> Tensor:
+    log_p = (h @ w.T).float().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return surrogate(log_p.gather(1, y[:, None])[:, 0], entropy, old, A)
+
+
+def recomputing(h: Tensor, w: Tensor, y: Tensor, old: Tensor, A: Tensor, backend: str) -> Tensor:
+    logprobs, entropy = linear_logprobs(h, w, y, return_entropy=True, backend=backend)
+    return policy_loss(logprobs, old, A, backend=backend)[0] - ENTROPY_COEF * entropy.mean()
+
+
+def functions(part: str) -> dict:
+    wanted = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
+    found = {
+        name: lambda *args, name=name: linear_ppo_loss(
+            *args, entropy_coef=ENTROPY_COEF, backend=name
+        )[0]
+        for name in wanted
+        if name in available_backends()
+    }
+    if part == "ceilings":
+        for name in list(found):
+            found[f"{name}, recomputing"] = lambda *args, name=name: recomputing(*args, name)
+    if part == "torch":
+        found["plain PyTorch"] = plain
+        found["the same, torch.compile"] = torch.compile(plain, dynamic=True)
+    trl = trl_logprobs() if part == "peers" else None
+    if trl is not None:
+        found["TRL's head, PyTorch's loss"] = lambda h, w, y, old, A: surrogate(
+            *trl(h, w, y, True), old, A
+        )
+    return found
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("N", "H", "V"), SHAPES)
+def test_with_gradient(compare, N: int, H: int, V: int, part: str) -> None:
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    hidden, weight, labels = case(N, H, V, dtype)
+    logprobs = linear_logprobs(hidden, weight, labels).float()
+    old = logprobs + 0.3 * torch.randn(N, device=DEVICE)
+    near = ((logprobs - old).abs().exp() - 1.2).abs() < 1e-3  # where rounding could choose the side
+    near |= ((-(logprobs - old).abs()).exp() - 0.8).abs() < 1e-3
+    old = torch.where(near, logprobs, old)
+    data = (labels, old, torch.randn(N, device=DEVICE))
+
+    def step(f, h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        loss = f(h, w, *data)
+        return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+    wide = [x.double().requires_grad_() for x in (hidden, weight)]
+    oracle = step(
+        lambda *args: linear_ppo_loss(*args, entropy_coef=ENTROPY_COEF, backend="ref")[0], *wide
+    )
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    compare(
+        "linear_ppo_loss",
+        {name: lambda f=f: step(f, *leaves) for name, f in functions(part).items()},
+        shape=f"N={N} H={H} V={V}",
+        dtype=dtype,
+        oracle=oracle,
+        tolerance=0.1 if dtype == torch.bfloat16 else 1e-3,
+        ceilings={"three bare products": products(*leaves, "zwh")} if part == "ceilings" else None,
+        flops=6 * N * V * H,
+    )
