@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,24 +21,48 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 SHARDS = (slice(0, 5), slice(5, 7))  # uneven
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor, group: object, backend: str) -> list[Tensor]:
+# What is asked of the head; in the second no label stands in the second shard, in the third a
+# row's label and all of its probability stand in different ones.
+CASES: list[dict[str, Any]] = [
+    {"labels": [0, 6, 3, -100, 2, 4], "softcap": 3.0, "temperature": 0.7},
+    {"labels": [0, 1, 3, -100, 2, 4], "temperature": [0.5, 1.0, 2.0, 0.7, 1.5, 0.9]},
+    {"labels": [5, 6, -100, 5, 5, 6], "logit_scale": 40.0, "softcap": 30.0, "temperature": 0.25},
+    {"labels": [-100] * 6},
+]
+
+
+def results(
+    function: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor, bias: Tensor,
+    settings: dict[str, Any],
+) -> list[Tensor]:  # fmt: skip
     """Log-probs, entropy, and the gradients of a function of both."""
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-    labels = torch.tensor([0, 6, 3, -100, 2, 4])
-    logprobs, entropy = linear_logprobs(
-        leaves[0],
-        leaves[1],
-        labels,
-        bias=leaves[2],
-        softcap=3.0,
-        temperature=0.7,
-        return_entropy=True,
-        group=group,
-        backend=backend,
-    )
+    settings = {
+        k: torch.tensor(v, dtype=torch.int64 if k == "labels" else torch.float64)
+        if isinstance(v, list)
+        else v
+        for k, v in settings.items()
+    }
+    logprobs, entropy = function(*leaves[:2], bias=leaves[2], **settings)
     row_weights = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64)
     (logprobs * row_weights + entropy * row_weights.flip(0)).sum().backward()
     return [logprobs.detach(), entropy.detach(), *(x.grad for x in leaves)]
+
+
+def oracle(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor, logit_scale: float = 1.0,
+    softcap: float | None = None, temperature: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The definition, all logits on one rank."""
+    valid = labels != -100
+    z = logit_scale * (hidden @ weight.T + bias)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = (z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+             ).log_softmax(-1)  # fmt: skip
+    picked = log_p.gather(1, labels.where(valid, 0)[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(1)
+    return picked.where(valid, 0.0), entropy.where(valid, 0.0)
 
 
 def rank_main(rank: int, store: str) -> None:
@@ -46,14 +73,24 @@ def rank_main(rank: int, store: str) -> None:
     hidden, weight, bias = (
         torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes
     )
-    bias[1] = -torch.inf
     mine = SHARDS[rank]
-    for backend in sorted({"ref", "cpu"} & set(available_backends())):
-        whole = head(hidden, weight, bias, None, backend)
-        part = head(hidden, weight[mine], bias[mine], group, backend)
+    for settings in CASES:
+        if "softcap" not in settings:  # else it is -softcap
+            bias[1] = -torch.inf
+            settings = {**settings, "labels": [0 if y == 1 else y for y in settings["labels"]]}
+        whole = results(oracle, hidden, weight, bias, settings)
         expected = [*whole[:3], whole[3][mine], whole[4][mine]]
-        for x, y in zip(part, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        for backend in sorted({"ref", "cpu"} & set(available_backends())):
+            sharded = partial(linear_logprobs, return_entropy=True, group=group, backend=backend)
+            part = results(sharded, hidden, weight[mine], bias[mine], settings)
+            for x, y in zip(part, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+            narrow = results(
+                sharded, hidden.float(), weight[mine].float(), bias[mine].float(), settings
+            )
+            for x, y in zip(narrow, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=2e-4, atol=2e-4, check_dtype=False)
+        bias[1] = 0.3
     with pytest.raises(IndexError, match=r"labels must be in \[0, 7\)"):
         linear_logprobs(hidden, weight[mine], torch.full((6,), 7), group=group)
 
