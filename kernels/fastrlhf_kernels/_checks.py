@@ -99,6 +99,22 @@ def check_number(
         raise ValueError(f"{op}: {name} must be in {left}{low}, {high}], got {value}")
 
 
+def check_finite(op: str, name: str, value: float) -> None:
+    """A number that `check_number` took is not infinite: where infinity would make NaN."""
+    if math.isinf(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def check_int(op: str, name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{op}: {name} must be an integer, got {value!r}")
+
+
+def check_flag(op: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._backends import choose
-from ._checks import check_labels, check_normalizer, compute_dtype
+from ._checks import check_int, check_labels, check_normalizer, compute_dtype
 from ._library import register
 from ._linear import gather_rows
 from ._linear_losses import (
@@ -178,6 +178,7 @@ def linear_cross_entropy(
     check_linear(op, hidden, weight, labels, bias, logit_scale, softcap, 1.0)
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must have shape (V, H), V >= 1, got {tuple(weight.shape)}")
+    check_int(op, "ignore_index", ignore_index)
     check_normalizer(op, normalizer)
     backend = choose(op, (hidden, weight), backend, IMPLEMENTATIONS)
     if backend == "ref":

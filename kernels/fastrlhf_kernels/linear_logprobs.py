@@ -35,7 +35,10 @@ from ._backends import choose
 from ._checks import (
     check_device,
     check_dims,
+    check_finite,
+    check_flag,
     check_float,
+    check_int,
     check_integer,
     check_labels,
     check_number,
@@ -306,8 +309,10 @@ def check_linear(
         check_shape(op, "bias", bias, weight.shape[:1])
         check_device(op, "bias", bias, hidden.device)
     check_number(op, "logit_scale", logit_scale)
+    check_finite(op, "logit_scale", logit_scale)
     if softcap is not None:
         check_number(op, "softcap", softcap, low=0.0, open_low=True)
+        check_finite(op, "softcap", softcap)
     check_temperature(op, temperature, labels.shape, hidden.device)
 
 
@@ -364,6 +369,8 @@ def linear_logprobs(
     """
     op = "linear_logprobs"
     check_linear(op, hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_int(op, "ignore_index", ignore_index)
+    check_flag(op, "return_entropy", return_entropy)
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: weight must have shape (V, H), V >= 1, got {tuple(weight.shape)}")
     backend = choose(op, (hidden, weight), backend, IMPLEMENTATIONS)

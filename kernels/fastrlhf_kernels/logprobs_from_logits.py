@@ -36,7 +36,10 @@ from torch.nn.functional import softplus
 from ._backends import choose
 from ._checks import (
     check_device,
+    check_finite,
+    check_flag,
     check_float,
+    check_int,
     check_integer,
     check_labels,
     check_number,
@@ -328,6 +331,9 @@ def logprobs_from_logits(
     check_temperature(op, temperature, rows, logits.device)
     if softcap is not None:
         check_number(op, "softcap", softcap, low=0.0, open_low=True)
+        check_finite(op, "softcap", softcap)
+    check_int(op, "ignore_index", ignore_index)
+    check_flag(op, "return_entropy", return_entropy)
     backend = choose(op, (logits,), backend, IMPLEMENTATIONS)
     if backend == "ref":
         check_labels(op, labels, logits.shape[-1], ignore_index)

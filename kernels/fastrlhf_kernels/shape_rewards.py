@@ -26,6 +26,7 @@ from ._checks import (
     as_mask,
     check_device,
     check_dims,
+    check_finite,
     check_float,
     check_number,
     check_shape,
@@ -298,6 +299,7 @@ def shape_rewards(
     if valid is None:
         raise ValueError(f"{op}: mask must be a tensor, got None")
     check_number(op, "beta", beta)
+    check_finite(op, "beta", beta)
     if clip is not None:
         check_number(op, "clip", clip, low=0.0, open_low=True)
     backend = choose(op, (kl, scores), backend, IMPLEMENTATIONS)

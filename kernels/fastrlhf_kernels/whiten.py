@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _native
 from ._backends import choose
-from ._checks import as_mask, check_float, check_number, compute_dtype
+from ._checks import as_mask, check_flag, check_float, check_number, compute_dtype
 from ._groups import Group, gather
 from ._library import register
 from ._losses import BLOCK_N, BLOCK_TILES, SUM_TILE, n_tiles
@@ -335,6 +335,8 @@ def whiten(
     op = "whiten"
     check_float(op, "x", x)
     valid = as_mask(op, "mask", mask, x)
+    check_flag(op, "shift_mean", shift_mean)
+    check_flag(op, "unbiased", unbiased)
     check_number(op, "eps", eps, low=0.0)
     backend = choose(op, (x,), backend, IMPLEMENTATIONS)
     if backend == "ref":
