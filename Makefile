@@ -1,4 +1,4 @@
-# make demo | test | asan | bench | lint | wheel | clean
+# make demo | test | asan | bench | bench-report | lint | wheel | clean
 #
 # Needs python3 (3.10 to 3.13), git and a package index; each target makes .venv first if need be.
 # A C++ compiler and nvcc are used where they are found; what is missing is said, and survived.
@@ -27,7 +27,7 @@ SAY_PARTS := import json; \
   [print(f"fastrlhf: {name} part:", "built" if part["built"] else "NOT built: " + part["reason"]) \
    for name, part in parts.items()]
 
-.PHONY: demo test asan bench lint wheel clean
+.PHONY: demo test asan bench bench-report lint wheel clean
 
 demo: $(BUILT)
 	$(BIN)/fastrlhf demo $(ARGS)
@@ -49,6 +49,10 @@ asan: $(INSTALLED)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+# The README's table, from bench/results; ARGS=--check says whether it is up to date.
+bench-report: $(INSTALLED)
+	$(BIN)/python bench/report.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
