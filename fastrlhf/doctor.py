@@ -348,7 +348,9 @@ def _report_kernels(ops: tuple[str, ...]) -> list[str]:
             found += step()
             bar.advance()
     print()
-    rows = [("op", "kernel", "target", "registers", "spilled", "shared memory")]
+    rows: list[tuple[str, ...]] = [
+        ("op", "kernel", "target", "registers", "spilled", "shared memory")
+    ]
     rows += [
         (
             kernel.op,
@@ -374,7 +376,7 @@ def _compilations(ops: tuple[str, ...]) -> tuple[list[Callable[[], list[Compiled
     """Return the compilations that can be done here, and a line for each kind that cannot."""
     steps: list[Callable[[], list[Compiled]]] = []
     missing = []
-    if _triton.triton is None:
+    if _triton.tl is None:
         missing.append(f"Triton kernels are not compiled: {_triton.missing}")
     sources = set(_aot.cuda_ops())
     if not sources:
@@ -383,7 +385,7 @@ def _compilations(ops: tuple[str, ...]) -> tuple[list[Callable[[], list[Compiled
         missing.append("CUDA kernels are not compiled: there is no nvcc on the path")
         sources = set()
     for op in ops:
-        if _triton.triton is not None:
+        if _triton.tl is not None:
             for config, target in itertools.product(_aot.configs(op), _aot.TARGETS):
                 steps.append(partial(_compile_triton, op, config, target))
         if op in sources:

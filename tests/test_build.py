@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrlhf_kernels import _native
+from fastrlhf_kernels import _native, logprobs_from_logits
 from fastrlhf_kernels.gae import gae_ref
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -296,8 +296,10 @@ def test_unknown_instruction_set_is_refused() -> None:
     assert _native.cpu.isa() == before
 
 
-def import_kernels(isa: str) -> subprocess.CompletedProcess[str]:
-    code = "from fastrlhf_kernels import _native as n; print(n.cpu and n.cpu.isa())"
+WHICH = "from fastrlhf_kernels import _native as n; print(n.cpu and n.cpu.isa())"
+
+
+def import_kernels(isa: str, code: str = WHICH) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FASTRLHF_CPU_ISA": isa},
@@ -308,9 +310,34 @@ def import_kernels(isa: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_cpu
+def test_ops_run_on_the_instruction_set_of_the_environment() -> None:
+    """Sums over vectors of another width differ in their last bits."""
+    code = (
+        "import torch; from fastrlhf_kernels import _native as n, logprobs_from_logits as f; "
+        "x = torch.randn(64, 1031, generator=torch.Generator().manual_seed(0)); "
+        "print(n.cpu.isa(), f(x, torch.arange(64), backend='cpu').view(torch.int32).tolist())"
+    )
+    found = {}
+    for isa in ISAS:
+        done = import_kernels(isa, code)
+        assert done.stdout.startswith(f"{isa} "), done.stderr
+        found[isa] = done.stdout.removeprefix(f"{isa} ")
+        before = _native.cpu.isa()
+        _native.cpu.set_isa(isa)
+        x = torch.randn(64, 1031, generator=torch.Generator().manual_seed(0))
+        here = logprobs_from_logits(x, torch.arange(64), backend="cpu").view(torch.int32)
+        _native.cpu.set_isa(before)
+        assert found[isa].strip() == str(here.tolist())
+    assert len(ISAS) == 1 or len(set(found.values())) > 1
+
+
+@needs_cpu
 def test_environment_selects_the_instruction_set() -> None:
-    good, bad = import_kernels("baseline"), import_kernels("sse9")
-    assert good.stdout.strip() == "baseline", good.stderr
+    for isa in ISAS:
+        good = import_kernels(isa)
+        assert good.stdout.strip() == isa, good.stderr
+    assert import_kernels("").stdout.strip() == ISAS[-1]  # the widest that the processor has
+    bad = import_kernels("sse9")
     assert bad.returncode != 0
     last = bad.stderr.strip().splitlines()[-1]
     assert "FASTRLHF_CPU_ISA" in last

@@ -288,7 +288,7 @@ def test_doctor_says_which_compiler_is_missing() -> None:
     code = (
         "from fastrlhf_kernels import _aot, _triton\n"
         "_aot.nvcc = lambda: None\n"
-        "_triton.triton, _triton.missing = None, 'triton is not installed (no module)'"
+        "_triton.tl, _triton.missing = None, 'triton is not installed (no module)'"
     )
     result = doctor("--ops", "gae", code=code)
     assert result.returncode == 0, result.stderr
