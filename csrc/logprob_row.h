@@ -330,13 +330,14 @@ A row_entropy(const RowState<A>& state, A temperature) {
 
 template <class A>
 struct RowGradient {
-  A inverse, at_zero, by_d;  // dz_j = e_j (at_zero + by_d d_j) without grad_j
+  A inverse, at_zero, by_d, inverse_temperature;  // dz_j = e_j (at_zero + by_d d_j / T), no grad_j
 
   RowGradient(const RowState<A>& state, A temperature, A grad, A grad_entropy) {
     inverse = A(1) / (A(1) + state.rest);
     const A mean = state.moment / temperature * inverse;
     at_zero = -(grad - grad_entropy * mean) * inverse / temperature;
-    by_d = -grad_entropy * inverse / (temperature * temperature);
+    by_d = -grad_entropy * inverse / temperature;
+    inverse_temperature = A(1) / max_of(temperature, SMALLEST<A>);  // apart: 1 / T^2 may be no float
   }
 };
 
@@ -350,7 +351,7 @@ struct Gradient {
   __attribute__((always_inline)) V operator()(V z) const {
     V d = z - max;
     const V e = exp_scaled(d, t);
-    return e * vfma(d, splat<V>(g.by_d), splat<V>(g.at_zero));
+    return e * vfma(d * g.inverse_temperature, splat<V>(g.by_d), splat<V>(g.at_zero));
   }
 };
 

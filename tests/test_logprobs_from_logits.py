@@ -112,6 +112,67 @@ def test_wide_rows(backend: Backend, V: int) -> None:
     check(backend, logits, labels, softcap=5.0, temperature=0.7)
 
 
+def test_running_maximum(backend: Backend) -> None:
+    """New maxima in every block, none after the first, and equals of the maximum in several."""
+    V = 4499
+    logits, labels = case(4, V, backend)
+    slope = torch.linspace(0.0, 30.0, V, device=backend.device)
+    logits[0] = 0.1 * logits[0] + slope
+    logits[1] = 0.1 * logits[1] - slope
+    logits[2, 10::1000] = 20.0
+    logits[3] = 1.5
+    check(backend, logits, labels)
+    check(backend, logits, labels, temperature=0.4)
+
+
+def test_bad_values_among_infinities(backend: Backend) -> None:
+    """A NaN or a +inf is seen where all before it is -inf, and where all after it is."""
+    V, device = 4499, backend.device
+    places = [(value, at) for value in (NAN, INF) for at in (5, 600, V - 1)]
+    logits = torch.full((len(places), V), -INF, device=device)
+    for row, (value, at) in zip(logits, places, strict=True):
+        row[at] = value
+    logits = torch.cat([logits, logits])
+    logits[len(places) :, V // 2] = 1.0
+    labels = torch.full((len(logits),), V // 2, device=device)
+    settings = {"return_entropy": True, "backend": backend.name}
+    for dtype in (torch.float32, torch.bfloat16):
+        for x in run(logprobs_from_logits, logits.to(dtype), labels, **settings):
+            assert bool(x.isnan().all())
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-4, 1e4, 1e30, 1e37])
+def test_extreme_temperatures(backend: Backend, temperature: float) -> None:
+    """Greedy in the limit, uniform over the tokens that are not at -inf."""
+    logits, labels = case(3, 163, backend)
+    logits[1, 1::2] = -INF
+    labels[1] = 0
+    check(backend, logits, labels, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_gradients(backend: Backend, dtype: torch.dtype) -> None:
+    """From 32 MiB on the C++ stores past the caches, from any alignment: the same bits."""
+    if backend.name != "cpu":
+        pytest.skip("a path of the C++ alone")
+    V = 50257
+    N = -(-(33 << 20) // (V * dtype.itemsize))
+    one, label = case(2, V, backend, dtype=dtype)
+    logits, labels = one[:1].repeat(N, 1), label[:1].repeat(N)
+    logits[N - 1] = one[1]
+    labels[N - 1] = label[1]
+    settings = {"temperature": 0.7, "return_entropy": True, "backend": backend.name}
+    large = run(logprobs_from_logits, logits, labels, **settings)[2]
+    x = one.clone().requires_grad_()
+    results = logprobs_from_logits(x, label, **settings)
+    generator = torch.Generator().manual_seed(0)
+    upstream = [torch.randn(N, generator=generator, dtype=torch.float64).float() for _ in range(2)]
+    for n in (0, 1, N // 2, N - 2):
+        weights = [torch.stack([u[n], u[N - 1]]) for u in upstream]
+        (dx,) = torch.autograd.grad(results, x, weights, retain_graph=True)
+        assert_same_bits(large[[n, N - 1]], dx)
+
+
 def test_precision_near_certainty(backend: Backend) -> None:
     """-log-prob and 1 - p keep their relative precision down to e^-80."""
     gaps = torch.tensor([1.0, 5.0, 16.5, 20.25, 40.0, 80.0], device=backend.device)

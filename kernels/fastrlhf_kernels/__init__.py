@@ -8,6 +8,7 @@ its mathematics; `<op>_ref` in it is the specification in plain PyTorch.
 from ._backends import BackendUnavailable, available_backends, use_backend
 from .gae import gae
 from .gae_varlen import gae_varlen
+from .kl_divergence import kl_divergence
 from .kl_penalty import kl_penalty
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import linear_logprobs
@@ -28,6 +29,7 @@ __all__ = [
     "available_backends",
     "gae",
     "gae_varlen",
+    "kl_divergence",
     "kl_penalty",
     "linear_cross_entropy",
     "linear_logprobs",

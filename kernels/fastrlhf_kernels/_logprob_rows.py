@@ -109,7 +109,7 @@ def scan_row(
 
 
 @jit()
-def _row_offset(row, inner, outer_stride, inner_stride):
+def row_offset(row, inner, outer_stride, inner_stride):
     return (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
@@ -123,7 +123,7 @@ def _forward_kernel(
     HAS_TEMPERATURES: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    x += _row_offset(row, inner, outer_stride, inner_stride)
+    x += row_offset(row, inner, outer_stride, inner_stride)
     labels += row * K
     logprobs += row * K
     if HAS_TEMPERATURES:
@@ -186,7 +186,7 @@ def _backward_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    x += _row_offset(row, inner, outer_stride, inner_stride)
+    x += row_offset(row, inner, outer_stride, inner_stride)
     if HAS_TEMPERATURES:
         temperature = tl.load(temperatures + row)
     m = tl.load(state + row)
