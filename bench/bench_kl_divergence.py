@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DEVICE, ROUNDS
+from common import DEVICE
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -23,9 +23,9 @@ SHAPES = (
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def rounds(N: int, V: int) -> int:
-    """Fewer where plain PyTorch takes about half a second a call."""
-    return 7 if DEVICE == "cpu" and N * V > 10**7 else ROUNDS
+def timing(N: int, V: int) -> dict:
+    """For large cases on a CPU: fewer rounds, and a pause, see `common.measure`."""
+    return {"rounds": 7, "pause": 0.02} if DEVICE == "cpu" and N * V > 10**7 else {}
 
 
 def torch_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def test_forward(compare, N: int, V: int, dtype: torch.dtype) -> None:
         {name: lambda f=f: f(p, q) for name, f in functions().items()},
         shape=f"N={N} V={V} forward",
         dtype=dtype,
-        rounds=rounds(N, V),
+        **timing(N, V),
         oracle=torch.cat([torch_kl(a.double(), b.double()) for a, b in pieces]),
         tolerance=1e-5,
         bytes_moved=2 * p.nbytes,
@@ -88,7 +88,7 @@ def test_forward_and_backward(compare, N: int, V: int, dtype: torch.dtype) -> No
         {name: lambda f=f: both(f) for name, f in functions().items()},
         shape=f"N={N} V={V} forward+backward",
         dtype=dtype,
-        rounds=rounds(N, V),
+        **timing(N, V),
         oracle=lambda gradient: (gradient[some].double() - oracle).abs().max(),
         tolerance=1e-4,
         bytes_moved=5 * p.nbytes,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DEVICE, ROUNDS
+from common import DEVICE
 from torch import Tensor
 
 from fastrlhf_kernels import _native, available_backends, logprobs_from_logits
@@ -25,9 +25,9 @@ SHAPES = (
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def rounds(N: int, V: int) -> int:
-    """Fewer where plain PyTorch takes about half a second a call."""
-    return 7 if DEVICE == "cpu" and N * V > 10**7 else ROUNDS
+def timing(N: int, V: int) -> dict:
+    """For large cases on a CPU: fewer rounds, and a pause, see `common.measure`."""
+    return {"rounds": 7, "pause": 0.02} if DEVICE == "cpu" and N * V > 10**7 else {}
 
 
 def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def test_forward(compare, N: int, V: int, dtype: torch.dtype) -> None:
         {name: lambda f=f: f(logits, labels) for name, f in functions().items()},
         shape=f"N={N} V={V} forward",
         dtype=dtype,
-        rounds=rounds(N, V),
+        **timing(N, V),
         oracle=torch.cat([log_softmax_gather(x.double(), y) for x, y in pieces]),
         tolerance=0.1 if dtype == torch.bfloat16 else 1e-4,  # TRL's results are bf16 for bf16
         bytes_moved=logits.nbytes,
@@ -122,7 +122,7 @@ def test_forward_with_entropy(compare, N: int, V: int, dtype: torch.dtype) -> No
         with_entropy | plain,
         shape=f"N={N} V={V} forward with entropy",
         dtype=dtype,
-        rounds=rounds(N, V),
+        **timing(N, V),
         bytes_moved=logits.nbytes,
     )
 
@@ -148,7 +148,7 @@ def test_forward_and_backward(compare, N: int, V: int, dtype: torch.dtype) -> No
         {name: lambda f=f: both(f) for name, f in functions().items()},
         shape=f"N={N} V={V} forward+backward",
         dtype=dtype,
-        rounds=rounds(N, V),
+        **timing(N, V),
         oracle=lambda gradient: (gradient[some].double() - oracle).abs().max(),
         tolerance=0.1 if dtype == torch.bfloat16 else 1e-4,
         bytes_moved=3 * logits.nbytes,

@@ -97,8 +97,10 @@ def max_error(result: Any, oracle: Any) -> float:
     return max(max_error(r, o) for r, o in zip(result, oracle, strict=True))
 
 
-def interleave(variants: Mapping[str, Variant], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of every call: round after round, each variant once a round."""
+def interleave(
+    variants: Mapping[str, Variant], rounds: int = ROUNDS, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of every call: round after round, each variant once a round, after `pause` seconds."""
     flush = (
         torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if DEVICE == "cuda" else None
     )
@@ -108,6 +110,7 @@ def interleave(variants: Mapping[str, Variant], rounds: int = ROUNDS) -> dict[st
     for i in range(rounds):
         for name, call in variants.items():
             if name not in slow or i < 3:
+                time.sleep(pause)
                 times[name].append(time_once(call, flush))
     return times
 
@@ -124,6 +127,7 @@ def measure(
     flops: int = 0,
     ceilings: Mapping[str, Variant] | None = None,
     rounds: int = ROUNDS,
+    pause: float = 0.0,
 ) -> list[Row]:
     """Compares the variants' results, times them, and gives a row for each.
 
@@ -137,6 +141,8 @@ def measure(
         bytes_moved, flops: what a call must at least move and compute.
         ceilings: name -> call, timed in the same rounds as bounds; what they give is not compared.
         rounds: how often each variant is timed.
+        pause: seconds of sleep before each timed call. OpenMP's threads, which torch uses, spin on
+            for some milliseconds after a call, and would take a core from the next variant's.
     """
     errors: dict[str, float | None] = dict.fromkeys(variants)
     if oracle is not None:
@@ -149,7 +155,7 @@ def measure(
     source = torch.empty(copied, dtype=torch.uint8, device=DEVICE).fill_(1)
     target = torch.empty_like(source)
     calls = {**variants, **(ceilings or {})}
-    times = interleave({**calls, "copy": lambda: target.copy_(source)}, rounds)
+    times = interleave({**calls, "copy": lambda: target.copy_(source)}, rounds, pause)
     copy = statistics.median(times.pop("copy")) * (half / copied)
     rows = []
     for name, seconds in times.items():
