@@ -100,7 +100,7 @@ def max_error(result: Any, oracle: Any) -> float:
 def interleave(
     variants: Mapping[str, Variant], rounds: int = ROUNDS, pause: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of every call: round after round, each variant once a round, after `pause` seconds."""
+    """Seconds of every call: round after round, each variant once a round, `pause` before each."""
     flush = (
         torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if DEVICE == "cuda" else None
     )
