@@ -23,7 +23,7 @@ FASTRLHF_OP(gae_varlen, "Advantages and returns of N packed sequences; cu_seqlen
 namespace fastrlhf::FASTRLHF_ISA {
 namespace {
 
-constexpr int64_t GRAIN_STEPS = 4096;  // steps worth waking a thread for; some 15 us
+constexpr int64_t GRAIN_STEPS = 16384;  // steps worth waking a thread for; some 15 us
 
 }  // namespace
 
