@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from ._checks import compute_dtype
 from ._groups import Group, gather
 from ._logprob_rows import COLUMNS_MULTIPLE, Head, backward_rows, forward_rows
@@ -29,6 +30,10 @@ from ._logprob_rows import COLUMNS_MULTIPLE, Head, backward_rows, forward_rows
 # Not tuned on a GPU. On two CPU cores tiles of 4096 columns ran at the speed of whole products.
 ROWS = 2048
 COLUMNS = COLUMNS_MULTIPLE
+
+# Rows' work on fewer logits than this at a time is left to one thread (see _native.alone): at
+# 1000 x 163 a second one made a call three times as long, by 4 ms that it was kept waiting.
+ALONE_ELEMENTS = 2**20
 
 # Whether bf16 products on this CPU are faster than fp32 ones.
 CPU_BF16 = bool(torch.cpu._is_amx_tile_supported())
@@ -89,6 +94,11 @@ def scatter_rows(x: Tensor, places: Tensor | None, N: int) -> Tensor:
     out = x.new_zeros((N, *x.shape[1:]))
     out[places] = x
     return out
+
+
+def few(n: int, V: int) -> AbstractContextManager[None]:
+    """Rows' work in the block is on (n, V) logits at a time."""
+    return _native.alone(n * V < ALONE_ELEMENTS)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -169,7 +179,7 @@ def linear_forward(
     entropies = torch.empty_like(logprobs) if entropy else None
     states = logprobs.new_empty(3 * (n if keep else min(n, ROWS)))
     scratch = Scratch(rows, min(n, ROWS), min(V, COLUMNS))
-    with without_autocast(weight):
+    with without_autocast(weight), few(min(n, ROWS), min(V, COLUMNS)):
         for n0 in range(0, n, ROWS):
             n1 = min(n, n0 + ROWS)
             state = states[3 * n0 : 3 * n1] if keep else states[: 3 * (n1 - n0)]
@@ -239,7 +249,7 @@ def linear_backward(
     if n == 0:
         return dh, None if dw is None else dw.zero_(), db
     scratch = Scratch(rows, min(n, ROWS), min(V, COLUMNS))
-    with without_autocast(weight):
+    with without_autocast(weight), few(min(n, ROWS), min(V, COLUMNS)):
         for v0 in range(0, V, COLUMNS):
             v1 = min(V, v0 + COLUMNS)
             w = weight[v0:v1].to(operand)

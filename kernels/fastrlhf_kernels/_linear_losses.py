@@ -26,6 +26,7 @@ from ._library import register_backward
 from ._linear import (
     Rows,
     Scratch,
+    few,
     multiply,
     scatter_rows,
     slice_head,
@@ -97,7 +98,7 @@ def forward_with_gradient(
     chunk = chunk_rows(n, V, rows.hidden.device.type)
     scratch = Scratch(rows, chunk, V)
     state = logprobs.new_empty(3 * chunk)
-    with without_autocast(weight):
+    with without_autocast(weight), few(chunk, V):
         w = weight.to(rows.hidden.dtype)
         for n0 in range(0, n, chunk):
             n1 = min(n, n0 + chunk)

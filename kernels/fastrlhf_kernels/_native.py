@@ -6,9 +6,12 @@ a dtype tag, and keeps the tensors alive during the call. Errors come back as ex
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import pathlib
+import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +23,27 @@ from . import _env
 # The tags of csrc/common.h; `test_native.py` holds them against the extension's own table.
 DTYPE_TAGS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-nthreads = torch.get_num_threads  # read at each call, so that torch.set_num_threads is obeyed
+_local = threading.local()
+
+
+def nthreads() -> int:
+    """Threads for a call; torch's number is read each time, so that set_num_threads is obeyed."""
+    return 1 if getattr(_local, "alone", False) else torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def alone(wanted: bool) -> Iterator[None]:
+    """If `wanted`, calls of this Python thread start no others in the block.
+
+    For short work between matrix products: after one torch's threads spin for milliseconds, and
+    where cores are few ours then wait for them.
+    """
+    before = getattr(_local, "alone", False)
+    _local.alone = wanted or before
+    try:
+        yield
+    finally:
+        _local.alone = before
 
 
 def _load(name: str) -> tuple[Any, str]:
