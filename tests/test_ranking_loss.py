@@ -19,7 +19,7 @@ from op_checks import (
 from oracle import Backend, assert_accurate, assert_same_bits
 from torch import Tensor
 
-from fastrlhf_kernels import available_backends, ranking_loss
+from fastrlhf_kernels import _native, available_backends, ranking_loss
 from fastrlhf_kernels.ranking_loss import ranking_loss_ref
 
 OP = "ranking_loss"
@@ -132,7 +132,7 @@ def test_ties_count_as_pairs_but_decide_nothing(backend: Backend) -> None:
     assert float(stats["pairs"]) == 2.0
 
 
-@pytest.mark.parametrize("gap", [30.0, 90.0, 1e4])
+@pytest.mark.parametrize("gap", [30.0, 90.0, 100.0, 1e4])
 def test_large_gaps(backend: Backend, gap: float) -> None:
     """The loss of a wide wrong gap is the gap; that of a right one keeps its relative precision."""
     sizes = torch.tensor([2], device=backend.device)
@@ -265,6 +265,54 @@ def test_opcheck_compile_and_second_derivative(backend: Backend) -> None:
             args = (leaf, ranks, sizes, tensor, number, True, backend.name)
             torch.library.opcheck(torch.ops.fastrlhf.ranking_loss.default, args)
         assert_second_derivative_raises(op, scores)
+
+
+def as_cuda_does_it(scores: Tensor, ranks: Tensor, group_sizes: Tensor) -> list[Tensor]:
+    """Loss, stats and gradient from csrc/ranking_loss.cu's warps and blocks, played on the CPU."""
+    G, total = len(group_sizes), len(scores)
+    scratch = torch.empty(3 * G, dtype=torch.float64)
+    loss, stats, gradient = torch.empty(()), torch.empty(3), torch.empty(total)
+    _native.cpu.test_ranking_warps(
+        *(x.data_ptr() for x in (scores, ranks, group_sizes, scratch, loss, stats, gradient)),
+        *(G, total, 0, 1.0),
+    )
+    return [loss, stats, gradient * stats[2]]
+
+
+@pytest.mark.skipif(_native.cpu is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    "sizes", [[], [0], [1], [2], [0, 3, 1], [9] * 5, [31, 32, 33, 70], [4, 9, 1] * 100]
+)
+@pytest.mark.parametrize("scale", [3.0, 100.0, 1e4])
+def test_what_a_gpu_runs(sizes: list[int], scale: float) -> None:
+    """One warp a group, one block that adds them: the same results as the specification's."""
+    scores, ranks, group_sizes = case(Backend("ref", "cpu"), sizes, scale=scale)
+    loss, stats, gradient = as_cuda_does_it(scores, ranks, group_sizes)
+    leaf = scores.clone().requires_grad_()
+    reference, _ = ranking_loss_ref(leaf, ranks, group_sizes)
+    reference.backward()
+    expected, slope = (
+        oracle(scores, ranks, group_sizes) if sizes else ({"loss": 0.0}, leaf.detach())
+    )
+    exact = torch.tensor(expected["loss"], dtype=torch.float64)
+    assert_accurate(loss, reference, exact)
+    terms = float(slope.abs().max()) if len(slope) else 0.0
+    assert_accurate(gradient, leaf.grad, slope.double(), terms=terms)
+    assert [float(x) for x in stats[:2]] == pytest.approx(
+        [expected.get("pair_accuracy", 0.0), expected.get("pairs", 0.0)]
+    )
+    for x, y in zip(
+        as_cuda_does_it(scores, ranks, group_sizes), (loss, stats, gradient), strict=True
+    ):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.skipif(_native.cpu is None, reason="the C++ extension is not built")
+def test_what_a_gpu_runs_reads_nothing_out_of_bounds() -> None:
+    """Sizes that do not fit, which a GPU is not asked to check, are held to what is there."""
+    scores, ranks, _ = case(Backend("ref", "cpu"), [6])
+    for sizes in ([2**62], [-5, 9], [4, 4, 4], [2**62, 2**62, -1]):
+        as_cuda_does_it(scores, ranks, torch.tensor(sizes))
 
 
 @pytest.mark.parametrize(

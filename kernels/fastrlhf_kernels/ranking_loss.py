@@ -48,12 +48,13 @@ from ._losses import (
     sum_of_tiles,
     wants_gradient,
 )
-from ._native import dense
+from ._native import dense, pointer
 from ._triton import AotConfig, exp, jit, log1p, on_device, tl
 
 STATS = ("pair_accuracy", "pairs")
 BLOCK_K = 16  # pairs are walked in squares of this side; InstructGPT's K is 4 to 9. Not tuned.
 NUM_WARPS = 2
+NATIVE_GROUPS = 64  # that csrc/ranking_loss.cpp needs no scratch for
 
 
 def ranking_loss_ref(
@@ -232,10 +233,12 @@ def _ranking_loss_native(
     r = dense(ranks, torch.int64)
     sizes = dense(group_sizes, torch.int64)
     G = sizes.shape[0]
-    scratch = loss.new_empty((G, FIELDS + 1), dtype=torch.float64)
+    scratch = None
+    if G > NATIVE_GROUPS:
+        scratch = loss.new_empty((G, FIELDS + 1), dtype=torch.float64)
     _native.call(
         "ranking_loss", loss,
-        s.data_ptr(), r.data_ptr(), sizes.data_ptr(), scratch.data_ptr(),
+        s.data_ptr(), r.data_ptr(), sizes.data_ptr(), pointer(scratch),
         loss.data_ptr(), stats.data_ptr(), gradient.data_ptr() if with_gradient else None,
         G, s.shape[0],
         *_losses.native_normalizer(normalizer, normalizer_number), _native.DTYPE_TAGS[dtype],
@@ -255,7 +258,37 @@ def _ranking_loss_fake(
     return _results(scores, with_gradient)
 
 
-IMPLEMENTATIONS = {"cpu": _ranking_loss_native, "triton": _ranking_loss_triton}
+def _ranking_loss_cuda(
+    scores: Tensor,
+    ranks: Tensor,
+    group_sizes: Tensor,
+    normalizer: Tensor | None,
+    normalizer_number: float | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_sizes(scores, group_sizes)
+    loss, stats, gradient = _results(scores, with_gradient)
+    s = dense(scores, loss.dtype)
+    r = dense(ranks, torch.int64)
+    sizes = dense(group_sizes, torch.int64)
+    G = sizes.shape[0]
+    scratch = loss.new_empty((G, FIELDS), dtype=torch.float64)
+    divisor, number, by = _losses.triton_normalizer(normalizer, normalizer_number, loss.device)
+    _native.call(
+        "ranking_loss", loss,
+        s.data_ptr(), r.data_ptr(), sizes.data_ptr(), scratch.data_ptr(),
+        loss.data_ptr(), stats.data_ptr(), gradient.data_ptr() if with_gradient else None,
+        G, s.shape[0],
+        int(by != _losses.BY_COUNT), number, pointer(divisor), _native.DTYPE_TAGS[loss.dtype],
+    )  # fmt: skip
+    return loss, stats, gradient
+
+
+IMPLEMENTATIONS = {
+    "cpu": _ranking_loss_native,
+    "triton": _ranking_loss_triton,
+    "cuda": _ranking_loss_cuda,
+}
 
 _ranking_loss = register(
     "ranking_loss(Tensor scores, Tensor ranks, Tensor group_sizes, Tensor? normalizer, "
