@@ -225,6 +225,62 @@ FASTRLHF_INLINE void store(T* p, vec_t<acc_t<T>> v) {
   }
 }
 
+// Two vectors at once, 2 lanes<V> elements. Of bf16 `a` is the elements of even index and `b` those
+// of odd index: a shift and a mask, where widening each half takes two more steps. Of the other
+// types `a` comes before `b`. Sums and element-wise work need no other order.
+template <class T>
+FASTRLHF_INLINE void load_pair(const T* p, vec_t<acc_t<T>>& a, vec_t<acc_t<T>>& b) {
+  if constexpr (is_bf16<T>) {
+    vu words;
+    __builtin_memcpy(&words, p, sizeof(words));
+    a = bits_as<vf>(words << 16);
+    b = bits_as<vf>(words & 0xffff0000u);
+  } else {
+    a = load(p);
+    b = load(p + lanes<vec_t<acc_t<T>>>);
+  }
+}
+
+// Past the caches, where what is written will not be read soon; p is aligned to VEC_BYTES.
+FASTRLHF_INLINE void store_past_caches(void* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(p), v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(static_cast<float*>(p), v);
+#else
+  __builtin_memcpy(p, &v, sizeof(v));
+#endif
+}
+
+// Makes what was stored past the caches visible to other threads, before later stores.
+FASTRLHF_INLINE void fence_stores() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// The reverse of load_pair. STREAM stores past the caches, f16 excepted.
+template <bool STREAM, class T>
+FASTRLHF_INLINE void store_pair(T* p, vec_t<acc_t<T>> a, vec_t<acc_t<T>> b) {
+  constexpr int W = lanes<vec_t<acc_t<T>>>;
+  if constexpr (is_bf16<T>) {
+    const vu words = round_to_bf16(a) >> 16 | (round_to_bf16(b) & 0xffff0000u);
+    if constexpr (STREAM) {
+      store_past_caches(p, bits_as<vf>(words));
+    } else {
+      __builtin_memcpy(p, &words, sizeof(words));
+    }
+  } else if constexpr (STREAM && sizeof(T) != 2) {
+    store_past_caches(p, bits_as<vf>(a));
+    store_past_caches(p + W, bits_as<vf>(b));
+  } else {
+    store(p, a);
+    store(p + W, b);
+  }
+}
+
 #if defined(__AVX512F__)
 #if !defined(__SANITIZE_ADDRESS__)  // which does not look into masked intrinsics: loops instead
 #define FASTRLHF_MASKED_LANES

@@ -356,8 +356,8 @@ def _load(cls: Any, path: Path, new: tuple[str, ...] = (), **options: Any) -> Pr
     missing = sorted(name for name in found["missing_keys"] if name.split(".")[0] not in new)
     if missing:
         raise UserError(f"{path}: {len(missing)} tensors are missing, among them {missing[0]}")
-    # Loaded weights lie in the mapped file, at any multiple of 4 bytes, and the last bit of a matrix
-    # product may depend on where its operands start. Copies start where all other tensors do.
+    # Loaded weights lie in the mapped file at any multiple of 4 bytes, and the last bit of a matrix
+    # product may depend on where operands start. Copies start where all other tensors do.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
