@@ -22,7 +22,6 @@ FASTRLHF_OP(kl_divergence_backward,
 
 #ifdef FASTRLHF_ISA
 #include "logprob_row.h"
-#include "pages.h"
 #include "pool.h"
 
 namespace fastrlhf::FASTRLHF_ISA {
@@ -239,11 +238,6 @@ FASTRLHF_KERNEL(kl_divergence_backward)(const void* p, const void* q, const void
     using A = acc_t<T>;
     const Exponent<A> t(static_cast<A>(temperature));
     const A* states = static_cast<const A*>(state);
-    const int64_t bytes = N * V * static_cast<int64_t>(sizeof(T));
-    if (bytes >= LARGE_BYTES) {
-      if (dp != nullptr) prefer_huge_pages(dp, bytes);
-      if (dq != nullptr) prefer_huge_pages(dq, bytes);
-    }
     parallel_for(N, GRAIN_COLUMNS / (V + 1) + 1, nthreads, [&](int64_t from, int64_t to) {
       for (int64_t n = from; n < to; ++n) {
         const T* row_p = static_cast<const T*>(p) + offset_of(n, inner, p_outer, p_stride);

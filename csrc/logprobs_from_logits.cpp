@@ -30,12 +30,13 @@ FASTRLHF_OP(logprobs_from_logits_backward,
 
 #ifdef FASTRLHF_ISA
 #include "logprob_row.h"
-#include "pages.h"
 #include "pool.h"
 
 namespace fastrlhf::FASTRLHF_ISA {
 namespace {
 
+// A gradient as large as this does not stay in the caches until it is read.
+constexpr int64_t LARGE_BYTES = int64_t{32} << 20;
 constexpr int64_t GRAIN_COLUMNS = 16384;  // worth waking a thread for; about 10 us
 
 template <class A>
@@ -125,7 +126,6 @@ FASTRLHF_KERNEL(logprobs_from_logits_backward)(
     const A* states = static_cast<const A*>(state);
     const int64_t bytes = N * V * static_cast<int64_t>(sizeof(T));
     const bool stream = dx != x && dx_stride == V && bytes >= LARGE_BYTES;
-    if (stream) prefer_huge_pages(dx, bytes);
     parallel_for(N, GRAIN_COLUMNS / (V + 1) + 1, nthreads, [&](int64_t from, int64_t to) {
       for (int64_t n = from; n < to; ++n) {
         const T* row =
