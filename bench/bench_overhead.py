@@ -142,7 +142,7 @@ def test_overhead(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
                 "over_backward_us": both - ahead - back,
             }
         )
-    benchmark.extra_info["rows"] = rows
+    benchmark.extra_info["calls"] = rows
     with capsys.disabled():
         print(f"\noverhead  N={N}  cpu, us".ljust(20))
         print("".ljust(18) + "".join(k.removesuffix("_us").rjust(15) for k in list(rows[0])[1:]))
