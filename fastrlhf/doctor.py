@@ -195,6 +195,9 @@ PROBES: dict[str, Callable[[Inputs, str], Any]] = {
     "kl_penalty": lambda x, backend: kernels.kl_penalty(
         x.tokens(0), x.tokens(1), estimator="k3", backend=backend
     ),
+    "kl_divergence": lambda x, backend: kernels.kl_divergence(
+        x.floats(3, 11, seed=0), x.floats(3, 11, seed=1), backend=backend
+    ),
     "shape_rewards": lambda x, backend: kernels.shape_rewards(
         x.floats(3, seed=0), x.tokens(1), x.mask, beta=0.02, backend=backend
     ),
