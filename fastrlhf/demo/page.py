@@ -197,7 +197,7 @@ def reproduce(seeds: Sequence[Seed], meta: Mapping[str, Any]) -> str:
         markup.note(
             f"Seeds: {', '.join(map(str, numbers))}. A seed fixes the world, the weights, the "
             "order of data and every sample. Another processor or version of torch rounds "
-            "differently, so that figures move within what their intervals allow."
+            "differently, and PPO magnifies it: figures then move somewhat beyond their intervals."
         ),
     ]
     if meta.get("settings"):
