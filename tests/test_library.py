@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrlhf_kernels._library import register, register_backward
@@ -104,9 +105,10 @@ def test_without_backward_results_are_detached() -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
     x = torch.randn(5, requires_grad=requires_grad)
-    torch.library.opcheck(cube, (x, 2.0, "cpu"))
-    torch.library.opcheck(_lean_cube, (x, x.detach(), 2.0, "cpu"))
-    torch.library.opcheck(double, (x.detach(), "cpu"))
+    ops = torch.ops.fastrlhf
+    torch.library.opcheck(ops.test_cube.default, (x, 2.0, "cpu"))
+    torch.library.opcheck(ops.test_lean_cube.default, (x, x.detach(), 2.0, "cpu"))
+    torch.library.opcheck(ops.test_double.default, (x.detach(), "cpu"))
 
 
 @CUBES
@@ -150,6 +152,58 @@ def test_the_short_way_gives_the_dispatchers_bits(cube) -> None:
     names = [name for name in seen.names if "cube" in name]
     assert len(names) == 2, names
     assert names[1] == "test_cube_backward.default"
+
+
+@CUBES
+def test_a_profiler_sees_the_op(cube) -> None:
+    x = torch.randn(3, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        cube(x, 2.0, "cpu")[0].sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"fastrlhf::test_cube", "fastrlhf::test_lean_cube"} & names, names
+    assert "fastrlhf::test_cube_backward" in names
+
+
+@CUBES
+def test_function_modes_and_subclasses_see_the_op(cube) -> None:
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Sub(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.randn(3)
+    seen: list[str] = []
+    with Mode():
+        cube(x, 2.0, "cpu")
+    assert any("cube" in name for name in seen), seen
+    seen.clear()
+    assert isinstance(cube(x.as_subclass(Sub), 2.0, "cpu")[0], Sub)
+    assert any("cube" in name for name in seen), seen
+
+
+@CUBES
+def test_no_graph_where_torch_would_record_none(cube) -> None:
+    x = torch.randn(3, requires_grad=True)
+    expected = 2.0 * x.detach() ** 3
+    with torch._C._AutoDispatchBelowAutograd():
+        below = cube(x, 2.0, "cpu")[0]
+    with torch.inference_mode():
+        inference = cube(x, 2.0, "cpu")[0]
+        inside = cube(torch.ones(3), 2.0, "cpu")[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = cube(x, 2.0, "cpu")[0]
+    for y in (below, inference, autocast):
+        assert torch.equal(y, expected)
+    assert not below.requires_grad
+    assert inference.is_inference()
+    assert inside.is_inference()
+    assert autocast.requires_grad
 
 
 @CUBES

@@ -3,13 +3,13 @@
 An op is a schema whose last argument is `str backend`, a dict from backend to implementation, and a
 fake that gives its outputs' shapes. The implementation gets the other arguments, in order.
 
-What a call costs above its work, in microseconds on the 2-core EPYC of bench/NOTES.md: into the
-dispatcher and to the Autograd key 3, an autograd.Function of one input 3, of ten inputs 5. Hence:
+What a call costs above its work, in microseconds on the 2-core EPYC of bench/NOTES.md: through the
+dispatcher 8, an autograd.Function of one input 3, of ten inputs 5. Hence:
 
 - the autograd key is filled by hand (`torch.library.register_autograd` costs 7 more);
-- from it a call on plain CPU or CUDA tensors goes straight to the implementation, since that is
-  what the dispatcher would find next. Where anything else is to be done on the way (a mode, a fake
-  tensor, tracing, a lazy negation), the dispatcher does it;
+- a call on plain CPU or CUDA tensors does what the dispatcher would come to, and not by way of it.
+  Where anything else is to be done (a mode, a profiler, a fake tensor, a subclass, tracing, a lazy
+  negation), the dispatcher does it: `_is_plain`;
 - an op whose first output alone is differentiable gives its Function nothing but the inputs that
   have a gradient (`inputs=`).
 """
@@ -28,9 +28,13 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd_keyset = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
-_added_keys = torch._C._dispatch_tls_local_include_set
+_included_keys = torch._C._dispatch_tls_local_include_set
+_excluded_keys = torch._C._dispatch_tls_local_exclude_set
 _dispatch_keys = torch._C._dispatch_keys
 _is_grad_enabled = torch.is_grad_enabled
+_is_profiling = torch._C._autograd._profiler_enabled
+_is_compiling = torch.compiler.is_compiling
+_function_modes = torch._C._len_torch_function_stack
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
 
@@ -41,15 +45,23 @@ def _keys(*names: str) -> int:
     return int(keys.raw_repr())
 
 
-# What is left of a call's dispatch keys below Autograd where nothing but our kernel comes next.
+_DEVICES = ("CPU", "CUDA")
+_INPLACE = "ADInplaceOrView"  # of every tensor but those of inference mode
+# A plain tensor's keys, and what is left of them below Autograd.
 _PLAIN = frozenset(
-    _keys(device, *more) for device in ("CPU", "CUDA") for more in ((), ("ADInplaceOrView",))
+    _keys(device, f"Autocast{device}", *more)
+    for device in _DEVICES
+    for more in ((), (_INPLACE, f"Autograd{device}"))
 )
+_PLAIN_BELOW = frozenset(_keys(device, *more) for device in _DEVICES for more in ((), (_INPLACE,)))
 # What torch adds to every call's keys, in inference mode and out of it; a mode adds more.
-_PLAIN_ADDED = frozenset((_keys("BackendSelect"), _keys("BackendSelect", "ADInplaceOrView")))
+_PLAIN_INCLUDED = frozenset((_keys("BackendSelect"), _keys("BackendSelect", _INPLACE)))
+# What Autograd's keys of all devices share; below Autograd, torch takes it from the keys of a call.
+_AUTOGRAD = _keys("AutogradCPU") & _keys("AutogradCUDA")
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 Op = Callable[..., Any]
-Compute = Callable[[Any, tuple[Any, ...]], Any]  # an op below Autograd: (dispatch keys, arguments)
+Compute = Callable[[Any, tuple[Any, ...]], Any]  # below Autograd: (keys, None if plain; arguments)
 
 
 def register(
@@ -61,7 +73,7 @@ def register(
     backward: Callable[..., tuple[Any, ...]] | None = None,
     inputs: tuple[int, ...] | None = None,
 ) -> Op:
-    """Registers `fastrlhf::<name>` and returns it, ready to be called.
+    """Registers `fastrlhf::<name>` and returns a function that calls it, by position.
 
     Args:
         schema: "name(Tensor x, ..., str backend) -> ...", without defaults or keyword-only
@@ -80,17 +92,15 @@ def register(
             meaning. The other outputs are detached; setup_context may save but not mark them.
     """
     name, op, compute = _define(schema, implementations, fake)
-
     if backward is None:
-        _fill_autograd_key(name, compute)
-        return op
+        return _fill_autograd_key(name, op, compute)
     if setup_context is None:
         raise ValueError(f"{name}: backward needs setup_context")
     make_context, make_gradients = setup_context, backward
 
     if inputs is not None:
-        _fill_autograd_key_of_first_output(name, compute, make_context, make_gradients, inputs)
-        return op
+        autograd = _of_first_output(compute, make_context, make_gradients, inputs)
+        return _fill_autograd_key(name, op, compute, autograd)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -103,18 +113,13 @@ def register(
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             return (None, *make_gradients(ctx, *grads), None)
 
-    _fill_autograd_key(name, compute, Differentiable)
-    return op
+    return _fill_autograd_key(name, op, compute, _of_all(Differentiable, compute))
 
 
 def register_backward(
     schema: str, implementations: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]
 ) -> Op:
-    """Registers the op that computes another op's gradient; differentiating it raises.
-
-    What is returned calls the op, except in a plain backward pass, on plain tensors and without a
-    graph of gradients: there it calls the implementation, which saves a walk of some 8 us.
-    """
+    """Registers the op that computes another op's gradient; differentiating it raises."""
     name, op, compute = _define(schema, implementations, fake)
 
     class OnceDifferentiable(torch.autograd.Function):
@@ -129,26 +134,12 @@ def register_backward(
                 "(backend='ref' has them)"
             )
 
-    _fill_autograd_key(name, compute, OnceDifferentiable)
-
-    def call(*args: Any) -> Any:
-        if _is_grad_enabled() or torch.compiler.is_compiling():
-            return op(*args)
-        if _added_keys().raw_repr() not in _PLAIN_ADDED:
-            return op(*args)
-        for x in args:
-            if isinstance(x, Tensor):
-                keys = _dispatch_keys(x) & _after_autograd_keyset
-                if keys.raw_repr() not in _PLAIN:
-                    return op(*args)
-        return implementations[args[-1]](*args[:-1])
-
-    return call
+    return _fill_autograd_key(name, op, compute, _of_all(OnceDifferentiable, compute))
 
 
 def _define(
     schema: str, implementations: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]
-) -> tuple[str, Any, Compute]:
+) -> tuple[str, Op, Compute]:
     """The op's name, the op, and how its Autograd key computes it."""
 
     def run(*args: Any) -> Any:
@@ -162,13 +153,49 @@ def _define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def compute(keyset: Any, args: tuple[Any, ...]) -> Any:
-        keys = keyset & _after_autograd_keyset
         with _below_autograd():
-            if keys.raw_repr() in _PLAIN:
+            if keyset is None:
+                return implementations[args[-1]](*args[:-1])
+            keys = keyset & _after_autograd_keyset
+            if keys.raw_repr() in _PLAIN_BELOW:
                 return implementations[args[-1]](*args[:-1])
             return op.redispatch(keys, *args)
 
     return name, op, compute
+
+
+def _is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would go from these arguments to Autograd and from there to us.
+
+    It is always right to say no: the dispatcher then does what is to be done.
+    """
+    if _is_profiling() or _function_modes() or _included_keys().raw_repr() not in _PLAIN_INCLUDED:
+        return False
+    for x in args:
+        if isinstance(x, Tensor) and (
+            type(x) not in _TENSORS or _dispatch_keys(x).raw_repr() not in _PLAIN
+        ):
+            return False
+    return not _is_grad_enabled() or not _excluded_keys().raw_repr() & _AUTOGRAD
+
+
+def _fill_autograd_key(
+    name: str, op: Op, compute: Compute, autograd: Callable[..., Any] | None = None
+) -> Op:
+    """Gives the op its Autograd kernel and returns how to call the op from Python."""
+
+    def detached(keyset: Any, *args: Any) -> Any:
+        return compute(keyset, args)
+
+    kernel = detached if autograd is None else autograd
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+    def call(*args: Any) -> Any:
+        if _is_compiling() or not _is_plain(args):
+            return op(*args)
+        return kernel(None, *args)
+
+    return call
 
 
 def _applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -182,26 +209,26 @@ def _applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
-def _fill_autograd_key(
-    name: str, compute: Compute, function: type[torch.autograd.Function] | None = None
-) -> None:
-    apply = None if function is None else _applier(function)
+def _of_all(function: type[torch.autograd.Function], compute: Compute) -> Callable[..., Any]:
+    """The Autograd kernel of an op whose `function` takes the keys and all arguments."""
+    apply = _applier(function)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if apply is not None and _is_grad_enabled() and _any_requires_grad(*args):
+        if _is_grad_enabled() and _any_requires_grad(*args):
             return apply(keyset, *args)
         return compute(keyset, args)
 
-    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    return autograd
 
 
-def _fill_autograd_key_of_first_output(
-    name: str,
+def _of_first_output(
     compute: Compute,
     make_context: Callable[[Any, tuple[Any, ...], Any], None],
     make_gradients: Callable[..., tuple[Any, ...]],
     inputs: tuple[int, ...],
-) -> None:
+) -> Callable[..., Any]:
+    """The Autograd kernel of an op whose first output is differentiable, in these `inputs`."""
+
     class FirstDifferentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, args: tuple[Any, ...], output: Any, *inputs: Tensor) -> Tensor:
@@ -226,4 +253,4 @@ def _fill_autograd_key_of_first_output(
                 return apply(args, output, *differentiable), *output[1:]
         return output
 
-    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    return autograd
