@@ -39,7 +39,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "logit_scale": (NAN, INF, None, *NO_NUMBER),
     "masked": ("cut", "", None, 3),
     "min_p": (-0.1, 1.1, NAN, None, *NO_NUMBER),
-    "normalizer": (0.0, -1.0, NAN, torch.ones(1), *NO_NUMBER),
+    "normalizer": (0.0, -1.0, NAN, torch.ones(1), torch.tensor(1j), *NO_NUMBER),
     "return_entropy": NO_FLAG,
     "score_clip": (0.0, -1.0, NAN, *NO_NUMBER),
     "shift_mean": NO_FLAG,

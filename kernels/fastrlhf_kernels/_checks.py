@@ -129,6 +129,8 @@ def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
                 f"{op}: normalizer must be a number or a 0-d tensor, "
                 f"got shape {tuple(normalizer.shape)}"
             )
+        if normalizer.dtype.is_complex:
+            raise ValueError(f"{op}: normalizer must be bool, int or float, got {normalizer.dtype}")
     else:
         check_number(op, "normalizer", normalizer, low=0.0, open_low=True)
 
