@@ -11,7 +11,7 @@ trap, beside this file, is in tests/test_<op>.py under names with these words:
     p -> 1, offsets of 1e4       near_certainty, large_offsets, keeps_its_digits, explained_variance
     V = 1, primes, tails         matches_definition, wide_rows, about_the_tiles, one_token
     past 2^31 elements           offsets_past_two_to_31
-    strides, upstream's too      strides, layouts, expanded_gradients
+    strides, upstream's too      strides, layouts, expanded_gradients, upstream
     other rows, threads, reruns  do_not_depend_on_the_batch, repeats, thread_count
     labels out of range          labels_out_of_range
     gaps of 100 and 1e4          finite_for_finite_input, large_gaps, the_clamp_of_the_log_ratio
@@ -24,6 +24,7 @@ from functools import partial
 import pytest
 import torch
 import traps_tokens
+import traps_upstream
 import traps_vocabulary
 from op_cases import call_of, tensors
 from oracle import Backend, assert_same_bits, backends_for, instruction_set
@@ -33,7 +34,7 @@ from traps import NAN, TRAPS, Trap
 import fastrlhf_kernels
 from fastrlhf_kernels._aot import ops
 
-MODULES = (traps_tokens, traps_vocabulary)  # their import fills TRAPS
+MODULES = (traps_tokens, traps_upstream, traps_vocabulary)  # their import fills TRAPS
 
 
 def cases() -> list[pytest.param]:
@@ -88,7 +89,8 @@ def test_masks_of_every_op(op: str, backend: Backend) -> None:
             and x.shape[: mask.dim()] == mask.shape
         }
         assert spoilt
-        for changes in (spoilt, {"mask": 3 * mask.int()}, {"mask": -0.5 * mask.float()}):
+        others = (3 * mask.int(), 256 * mask.int(), -0.5 * mask.float())  # 256 is 0 in a byte
+        for changes in (spoilt, *({"mask": other} for other in others)):
             for x, y in zip(tensors(call(backend.name, **changes)), wanted, strict=True):
                 assert_same_bits(x, y)
         for x in tensors(call(backend.name, mask=torch.zeros_like(mask))):

@@ -46,7 +46,11 @@ def loss_and_gradient(op: Op, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]
 
 def close(actual: Tensor, wanted: Tensor, relative: float = 1e-5, absolute: float = 0.0) -> None:
     torch.testing.assert_close(
-        actual.detach().cpu().double(), wanted.cpu().double(), rtol=relative, atol=absolute
+        actual.detach().cpu().double(),
+        wanted.cpu().double(),
+        rtol=relative,
+        atol=absolute,
+        equal_nan=True,
     )
 
 

@@ -9,6 +9,8 @@ from oracle import assert_same_bits
 from torch import Tensor
 from traps import INF, NAN, Op, close, loss_and_gradient, noise, trap
 
+from fastrlhf_kernels.shape_rewards import shape_rewards_ref
+
 # ---- what a mask covers
 
 
@@ -51,7 +53,7 @@ def a_mask_of_other_numbers_is_no_weight(op: Op, device: str) -> None:
     arguments = _policy_case(device)
     mask = torch.arange(21, device=device).view(3, 7) % 3
     wanted = loss_and_gradient(op, *arguments, mask > 0)
-    for other in (mask, mask.int(), 0.25 * mask, -mask.float()):
+    for other in (mask, mask.int(), 0.25 * mask, -mask.float(), 256 * mask):  # 256 is 0 in a byte
         for x, y in zip(loss_and_gradient(op, *arguments, other), wanted, strict=True):
             assert_same_bits(x, y)
 
@@ -175,6 +177,38 @@ def log_exp_at_gaps_of_100_and_1e4(op: Op, device: str) -> None:
             close(gradient[0], torch.tensor(slope), absolute=1e-20)
 
 
+def naive_order(scores: Tensor, ranks: Tensor, group_sizes: Tensor, **_: Any) -> Any:
+    """The better of two by a difference, which wraps around."""
+    margin = torch.where(ranks[0] - ranks[1] < 0, 1.0, -1.0) * (scores[0] - scores[1])
+    return torch.nn.functional.softplus(-margin), {}
+
+
+@trap("ranking_loss", naive_order)
+def ranks_at_the_ends_of_int64(op: Op, device: str) -> None:
+    sizes = torch.tensor([2], device=device)
+    scores = torch.tensor([1.0, 0.0], device=device)
+    for low, high in ((-(2**63), 2**63 - 1), (-2, 2**63 - 1), (2**31 - 1, 2**31), (0, 2**32)):
+        ranks = torch.tensor([low, high], device=device)
+        loss, gradient = loss_and_gradient(op, scores, ranks, sizes)
+        close(loss, torch.tensor(0.31326168751822286))
+        close(gradient, torch.tensor([-0.2689414213699951, 0.2689414213699951]))
+
+
+@trap("ranking_loss", naive_log_sigmoid)
+def infinite_scores(op: Op, device: str) -> None:
+    ranks, sizes = torch.tensor([1, 2], device=device), torch.tensor([2], device=device)
+    for first, second, loss, slope in (
+        (INF, 0.0, 0.0, 0.0),
+        (0.0, -INF, 0.0, 0.0),
+        (-INF, 0.0, INF, -1.0),
+        (0.0, INF, INF, -1.0),
+    ):
+        scores = torch.tensor([first, second], device=device)
+        found, gradient = loss_and_gradient(op, scores, ranks, sizes)
+        close(found, torch.tensor(loss))
+        close(gradient, torch.tensor([slope, -slope]))
+
+
 # ---- rollouts
 
 
@@ -203,6 +237,30 @@ def masked_steps_are_cut_out(op: Op, device: str) -> None:
         close(advantages[0, kept], alone[0])
         assert bool((advantages[~mask] == 0).all())
         assert bool(returns.isfinite().all())
+
+
+def naive_two_masks(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, value_mask: Tensor, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Right for numbers: what does not count is multiplied away."""
+    advantages, _ = naive_gae(rewards * mask, values * value_mask, torch.ones_like(rewards))
+    return advantages * mask, (advantages + values * value_mask) * value_mask
+
+
+@trap("gae", naive_two_masks)
+def nan_under_one_of_two_masks(op: Op, device: str) -> None:
+    """A reward is spoilt where only the value counts, and the other way round."""
+    rewards, values = (noise(5, 9, seed=s).to(device) for s in (0, 1))
+    mask = torch.arange(45, device=device).view(5, 9) % 3 > 0
+    value_mask = mask.roll(1, -1)
+    value_mask[1], value_mask[3] = False, True
+    masks = {"mask": mask, "masked": "decay", "value_mask": value_mask}
+    wanted = op(rewards, values, **masks)
+    assert not bool(wanted[1][~value_mask].any())
+    spoilt = (rewards.masked_fill(~mask, NAN), values.masked_fill(~value_mask, NAN))
+    for other in (value_mask, 256 * value_mask.int(), -0.25 * value_mask.float()):
+        for x, y in zip(op(*spoilt, **masks | {"value_mask": other}), wanted, strict=True):
+            assert_same_bits(x, y)
 
 
 def naive_whiten(x: Tensor, mask: Tensor, **_: Any) -> Tensor:
@@ -241,3 +299,22 @@ def the_last_token_after_a_hole_and_no_token(op: Op, device: str) -> None:
     rewards = op(torch.tensor([5.0, 6.0, 7.0], device=device), kl, mask, beta=0.5)
     wanted = [[-0.5, 0.0, 4.5, 0.0], [0.0] * 4, [0.0, -0.5, -0.5, 6.5]]
     close(rewards, torch.tensor(wanted))
+
+
+def naive_one_hot(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float, **_: Any) -> Tensor:
+    """Right for numbers: the score times 1 at its token, times 0 elsewhere."""
+    zeros = torch.zeros_like(scores)
+    at = shape_rewards_ref(torch.ones_like(scores), torch.zeros_like(kl), mask, beta=beta)
+    return shape_rewards_ref(zeros, kl, mask, beta=beta) + at * scores[:, None]
+
+
+@trap("shape_rewards", naive_one_hot)
+def a_score_that_is_no_number_stays_at_its_token(op: Op, device: str) -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], device=device)
+    kl = noise(4, 4).to(device)
+    wanted = op(torch.zeros(4, device=device), kl, mask, beta=0.5)
+    rewards = op(torch.tensor([NAN, INF, -INF, NAN], device=device), kl, mask, beta=0.5)
+    last = torch.zeros(4, 4, dtype=torch.bool, device=device)
+    last[0, 2] = last[1, 3] = last[2, 1] = True
+    assert_same_bits(rewards[~last], wanted[~last])
+    close(rewards[last], torch.tensor([NAN, INF, -INF]))
