@@ -14,10 +14,11 @@ Tensors = tuple[Tensor, ...]
 
 
 def layouts(*tensors: Tensor) -> Iterator[Tensors]:
-    """The same (B, T) values transposed, sliced and with gaps; none of them contiguous."""
+    """The same (B, T) values transposed, sliced, with gaps, and off the alignment of vectors."""
     yield tuple(x.T.contiguous().T for x in tensors)
     yield tuple(torch.stack([x, x], -1)[..., 1] for x in tensors)
     yield tuple(torch.cat([x, x], 1)[:, : x.shape[1]] for x in tensors)
+    yield tuple(torch.cat([x[0, :1], x.flatten()])[1:].view_as(x) for x in tensors)
 
 
 def far_apart(x: Tensor) -> Tensor:
@@ -48,6 +49,25 @@ def assert_layout_changes_no_bit(op: Callable[..., Any], *args: Tensor, wanted: 
     expected = with_gradients(op, *args, wanted=wanted)
     for odd in layouts(*args):
         for x, y in zip(with_gradients(op, *odd, wanted=wanted), expected, strict=True):
+            assert_same_bits(x, y)
+
+
+def assert_upstream_layout_changes_no_bit(
+    op: Callable[..., Any], *args: Tensor, wanted: int = 1
+) -> None:
+    """Upstream gradients of a (B, T) result that are laid out in other ways, stride 0 included."""
+    args = tuple(x.detach().requires_grad_(i < wanted) for i, x in enumerate(args))
+    result = op(*args)
+    weights = torch.linspace(-1.0, 2.0, result.numel(), device=result.device).view_as(result)
+    row, column = weights[:1].expand_as(result), weights[:, :1].expand_as(result)
+    one = weights[0, 1].expand_as(result)
+    for dense, odd in (
+        *((weights, odd) for (odd,) in layouts(weights)),
+        *((x.contiguous(), x) for x in (row, column, one)),
+    ):
+        expected = torch.autograd.grad(result, args[:wanted], dense, retain_graph=True)
+        found = torch.autograd.grad(result, args[:wanted], odd, retain_graph=True)
+        for x, y in zip(found, expected, strict=True):
             assert_same_bits(x, y)
 
 

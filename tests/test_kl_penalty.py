@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 
@@ -14,6 +15,7 @@ from op_checks import (
     assert_layout_changes_no_bit,
     assert_repeats,
     assert_second_derivative_raises,
+    assert_upstream_layout_changes_no_bit,
     far_apart,
     with_gradients,
 )
@@ -111,6 +113,40 @@ def test_finite_for_finite_input(backend: Backend, estimator: str) -> None:
     assert_same_bits(x.grad, -y.grad)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gaps_in_other_dtypes(backend: Backend, estimator: str) -> None:
+    """At the clamp and far past it; the gradients of fp16 are finite too, but for k3's e^20."""
+    gaps = torch.tensor([20.0, -20.0, 100.0, -100.0, 1e4, -1e4], device=backend.device)
+    dtypes = [torch.bfloat16, torch.float16]
+    for dtype in [torch.float64, *dtypes] if backend.name in ("ref", "cpu") else dtypes:
+        x = gaps.to(dtype).requires_grad_()
+        y = torch.zeros_like(x).requires_grad_()
+        actual = kl_penalty(x, y, estimator=estimator, backend=backend.name)
+        value, slope = oracle(x.detach(), y.detach(), estimator)
+        close = 1e-12 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(actual.detach().double().cpu(), value, rtol=close, atol=0.0)
+        actual.sum().backward()
+        slope = slope.masked_fill(slope.abs() > torch.finfo(dtype).max, -math.inf)
+        for sign, leaf in ((1.0, x), (-1.0, y)):
+            assert leaf.grad.dtype == dtype
+            close = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
+            exact = sign * slope
+            torch.testing.assert_close(leaf.grad.double().cpu(), exact, rtol=close, atol=0.0)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_mixed_dtypes(backend: Backend, estimator: str) -> None:
+    """Arithmetic in fp32 whichever argument is narrow; each gradient in its argument's dtype."""
+    x, y = case(backend, (3, 20))
+    for first, second in itertools.permutations(DTYPES, 2):
+        args = (x.to(first), y.to(second))
+        op = partial(kl_penalty, estimator=estimator, backend=backend.name)
+        found = with_gradients(op, *args, wanted=2)
+        expected = with_gradients(op, *(t.float() for t in args), wanted=2)
+        for t, e, dtype in zip(found, expected, (torch.float32, first, second), strict=True):
+            assert_same_bits(t, e.to(dtype))
+
+
 def test_nan_and_infinity_stay_where_they_are(backend: Backend) -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, -1.0], device=backend.device)
     for estimator in ESTIMATORS:
@@ -143,6 +179,7 @@ def test_layouts_and_expanded_gradients(backend: Backend) -> None:
         (expanded,) = torch.autograd.grad(op(leaf, y).sum(), leaf)  # a stride-0 upstream gradient
         (dense,) = torch.autograd.grad(op(leaf, y), leaf, torch.ones_like(x))
         assert_same_bits(expanded, dense)
+        assert_upstream_layout_changes_no_bit(op, x, y, wanted=2)
 
 
 def test_rows_far_apart(backend: Backend) -> None:
@@ -158,8 +195,14 @@ def test_entries_do_not_depend_on_the_batch(backend: Backend) -> None:
     for estimator in ESTIMATORS:
         op = partial(kl_penalty, estimator=estimator, backend=backend.name)
         together = op(x, y)
+        leaves = (x.detach().requires_grad_(), y.detach().requires_grad_())
+        gradients = torch.autograd.grad(op(*leaves).sum(), leaves)
         for n in (0, 15, 32):
-            assert_same_bits(op(x[n : n + 1], y[n : n + 1]), together[n : n + 1])
+            one = slice(n, n + 1)
+            assert_same_bits(op(x[one], y[one]), together[one])
+            alone = torch.autograd.grad(op(*(t[one] for t in leaves)).sum(), leaves)
+            for found, expected in zip(alone, gradients, strict=True):
+                assert_same_bits(found[one], expected[one])
 
 
 def test_repeats(backend: Backend) -> None:

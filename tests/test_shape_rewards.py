@@ -13,6 +13,7 @@ from op_checks import (
     assert_layout_changes_no_bit,
     assert_repeats,
     assert_second_derivative_raises,
+    assert_upstream_layout_changes_no_bit,
     far_apart,
     with_gradients,
 )
@@ -113,7 +114,7 @@ def test_scores_are_clamped(backend: Backend) -> None:
     assert scores.grad.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]  # at the bound it still passes
 
 
-@pytest.mark.parametrize("bad", [NAN, float("inf")])
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
 def test_what_is_masked_reaches_nothing(backend: Backend, bad: float) -> None:
     scores, kl, mask = case(backend, 4, 12)
     mask[2] = False
@@ -146,6 +147,27 @@ def test_layouts_and_expanded_gradients(backend: Backend) -> None:
     dense = torch.autograd.grad(op(*leaves, mask), leaves, torch.ones(4, 33, device=kl.device))
     for x, y in zip(expanded, dense, strict=True):
         assert_same_bits(x, y)
+    assert_upstream_layout_changes_no_bit(lambda s, k: op(s, k, mask), scores, kl, wanted=2)
+
+
+def test_a_valid_nan_stays_at_its_token(backend: Backend) -> None:
+    """Of kl, and of a score; a score that is no number has no gradient where it is clamped."""
+    scores, kl, _ = case(backend, 3, 9)
+    mask = torch.ones_like(kl, dtype=torch.bool)
+    for clip in (None, 1.0):
+        op = partial(shape_rewards, mask=mask, beta=0.1, clip=clip, backend=backend.name)
+        clean = with_gradients(op, scores, kl, wanted=2)
+        bad_scores, bad_kl = scores.clone(), kl.clone()
+        bad_scores[1], bad_kl[0, 4] = NAN, NAN
+        rewards, d_scores, d_kl = with_gradients(op, bad_scores, bad_kl, wanted=2)
+        spoilt = torch.zeros_like(mask)
+        spoilt[1, 8] = spoilt[0, 4] = True
+        assert rewards[spoilt].isnan().all()
+        assert_same_bits(rewards[~spoilt], clean[0][~spoilt])
+        assert_same_bits(d_scores[[0, 2]], clean[1][[0, 2]])
+        assert_same_bits(d_kl, clean[2])
+        if clip is not None:
+            assert float(d_scores[1]) == 0.0
 
 
 def test_rows_far_apart(backend: Backend) -> None:
@@ -155,6 +177,12 @@ def test_rows_far_apart(backend: Backend) -> None:
     expected = op(scores, kl, mask)
     assert_same_bits(op(scores, far_apart(kl), mask), expected)
     assert_same_bits(op(scores, kl, far_apart(mask)), expected)
+    apart = far_apart(scores.half()[:, None])[:, 0]
+    assert apart.stride() == (2**31,)
+    assert_same_bits(op(apart, kl, mask), op(scores.half(), kl, mask))
+    (far,) = torch.autograd.grad(op(scores, kl.requires_grad_(), far_apart(mask)).sum(), kl)
+    (near,) = torch.autograd.grad(op(scores, kl, mask).sum(), kl)
+    assert_same_bits(far, near)
 
 
 def test_nothing_and_next_to_nothing(backend: Backend) -> None:
@@ -173,10 +201,15 @@ def test_nothing_and_next_to_nothing(backend: Backend) -> None:
 def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
     scores, kl, mask = case(backend, 5 if backend.interpreted else 33, 70)
     op = partial(shape_rewards, beta=0.1, backend=backend.name)
-    together = op(scores, kl, mask)
+    leaves = (scores.requires_grad_(), kl.requires_grad_())
+    together = op(*leaves, mask)
+    gradients = torch.autograd.grad(together.sum(), leaves)
     for b in (0, 2, len(scores) - 1):
         row = slice(b, b + 1)
-        assert_same_bits(op(scores[row], kl[row], mask[row]), together[row])
+        alone = op(scores[row], kl[row], mask[row])
+        assert_same_bits(alone, together[row])
+        for x, y in zip(torch.autograd.grad(alone.sum(), leaves), gradients, strict=True):
+            assert_same_bits(x[row], y[row])
 
 
 def test_repeats(backend: Backend) -> None:
