@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -158,14 +159,15 @@ def test_value_mask_is_trl_ppo(backend: Backend) -> None:
     assert_accurate(returns, reference[1], (expected + v).masked_fill(~value_mask.cpu(), 0))
 
 
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
 @pytest.mark.parametrize("masked", ["skip", "decay"])
-def test_nan_under_the_mask_reaches_nothing(backend: Backend, masked: str) -> None:
+def test_nan_under_the_mask_reaches_nothing(backend: Backend, masked: str, bad: float) -> None:
     rewards, values, mask = case(3, 20, backend)
     mask[2] = False
     clean = gae(rewards, values, mask, masked=masked, backend=backend.name)
     poisoned = gae(
-        rewards.masked_fill(~mask, NAN),
-        values.masked_fill(~mask, NAN),
+        rewards.masked_fill(~mask, bad),
+        values.masked_fill(~mask, bad),
         mask,
         masked=masked,
         backend=backend.name,
@@ -186,6 +188,22 @@ def test_a_valid_nan_stays_in_its_row(backend: Backend) -> None:
         assert_same_bits(x[1, 8:], y[1, 8:])
 
 
+@pytest.mark.parametrize("masked", ["skip", "decay"])
+def test_mixed_dtypes(backend: Backend, masked: str) -> None:
+    """Arithmetic in fp32 whichever argument is narrow."""
+    rewards, values, mask = case(3, 40, backend)
+    op = partial(gae, masked=masked, backend=backend.name)
+    for r, v in itertools.permutations((torch.float32, torch.bfloat16, torch.float16), 2):
+        args = (rewards.to(r), values.to(v))
+        expected = op(*(x.float() for x in args), mask)
+        for x, y in zip(op(*args, mask), expected, strict=True):
+            assert_same_bits(x, y)
+    if backend.name in ("ref", "cpu"):
+        expected = op(rewards.double(), values.bfloat16().double(), mask)
+        for x, y in zip(op(rewards.double(), values.bfloat16(), mask), expected, strict=True):
+            assert_same_bits(x, y)
+
+
 def test_strides(backend: Backend) -> None:
     """Transposed, sliced and expanded arguments give the bits of their contiguous copies."""
     rewards, values, mask = case(4, 33, backend)
@@ -195,11 +213,15 @@ def test_strides(backend: Backend) -> None:
         torch.cat([mask, mask], 1)[:, :33],
     )
     expanded = (rewards[:1].expand(4, 33), values[:, :1].expand(4, 33), mask[:1].expand(4, 33))
-    for args in (odd, expanded):
-        assert not all(x.is_contiguous() for x in args)
-        dense = gae(*(x.contiguous() for x in args), backend=backend.name)
-        for x, y in zip(gae(*args, backend=backend.name), dense, strict=True):
-            assert_same_bits(x, y)
+    off = tuple(torch.cat([x[0, :1], x.flatten()])[1:].view_as(x) for x in (rewards, values, mask))
+    for args in (odd, expanded, off):
+        dense = tuple(x.clone(memory_format=torch.contiguous_format) for x in args)
+        for settings in ({}, {"masked": "decay", "value_mask": args[2].roll(1, 0)}):
+            expected = gae(*dense, **settings, backend=backend.name)
+            if settings:
+                settings["value_mask"] = settings["value_mask"].T.contiguous().T
+            for x, y in zip(gae(*args, **settings, backend=backend.name), expected, strict=True):
+                assert_same_bits(x, y)
 
 
 def test_rows_far_apart(backend: Backend) -> None:
@@ -245,6 +267,14 @@ def test_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
                 assert_same_bits(x[row], y)
         for x, y in zip(together, again, strict=True):
             assert_same_bits(x, y)
+    value_mask = mask.roll(1, -1)
+    op = partial(gae, masked="decay", backend=backend.name)
+    together = op(rewards, values, mask, value_mask=value_mask)
+    for b in (0, B - 1):
+        row = slice(b, b + 1)
+        alone = op(rewards[row], values[row], mask[row], value_mask=value_mask[row])
+        for x, y in zip(together, alone, strict=True):
+            assert_same_bits(x[row], y)
 
 
 @pytest.mark.skipif("cpu" not in available_backends(), reason="C++ extension not built")

@@ -14,6 +14,7 @@ from op_checks import (
     assert_compiled_is_eager,
     assert_repeats,
     assert_second_derivative_raises,
+    far_apart,
     with_gradients,
 )
 from oracle import Backend, assert_accurate, assert_same_bits
@@ -137,15 +138,18 @@ def test_large_gaps(backend: Backend, gap: float) -> None:
     """The loss of a wide wrong gap is the gap; that of a right one keeps its relative precision."""
     sizes = torch.tensor([2], device=backend.device)
     ranks = torch.tensor([0, 1], device=backend.device)
-    for scores in ([gap, 0.0], [0.0, gap]):
-        leaf = torch.tensor(scores, device=backend.device, requires_grad=True)
-        loss, _ = ranking_loss(leaf, ranks, sizes, backend=backend.name)
-        loss.backward()
-        expected, gradient = oracle(leaf.detach(), ranks, sizes)
-        tiny = torch.finfo(torch.float32).tiny  # denormal numbers may be flushed
-        exact = torch.tensor(expected["loss"], dtype=torch.float64)
-        torch.testing.assert_close(loss.detach().double().cpu(), exact, rtol=2e-6, atol=tiny)
-        torch.testing.assert_close(leaf.grad.double().cpu(), gradient, rtol=2e-6, atol=tiny)
+    wide = [torch.float64] if backend.name in ("ref", "cpu") else []
+    for dtype in (torch.float32, *wide):
+        close = 2e-6 if dtype == torch.float32 else 1e-14
+        for scores in ([gap, 0.0], [0.0, gap]):
+            leaf = torch.tensor(scores, dtype=dtype, device=backend.device, requires_grad=True)
+            loss, _ = ranking_loss(leaf, ranks, sizes, backend=backend.name)
+            loss.backward()
+            expected, gradient = oracle(leaf.detach(), ranks, sizes)
+            tiny = torch.finfo(dtype).tiny  # denormal numbers may be flushed
+            exact = torch.tensor(expected["loss"], dtype=torch.float64)
+            torch.testing.assert_close(loss.detach().double().cpu(), exact, rtol=close, atol=tiny)
+            torch.testing.assert_close(leaf.grad.double().cpu(), gradient, rtol=close, atol=tiny)
 
 
 @given(
@@ -221,6 +225,40 @@ def test_layouts(backend: Backend) -> None:
         assert_same_bits(x, y)
     equal = op(scores[:1].expand(12), ranks, sizes)[0]
     assert_same_bits(equal, op(scores[:1].expand(12).contiguous(), ranks, sizes)[0])
+    ones = ranks[:1].expand(12)
+    assert float(op(scores, ones, sizes)[1]["pairs"]) == 0.0
+    fours = sizes[:1].expand(3)
+    assert_same_bits(op(scores, ranks, fours)[0], op(scores, ranks, fours.contiguous())[0])
+    off = [torch.cat([x[:1], x])[1:] for x in (scores, ranks, sizes)]  # a vector's alignment
+    for x, y in zip(with_gradients(lambda s: op(s, *off[1:]), off[0]), expected, strict=True):
+        assert_same_bits(x, y)
+
+
+def test_scores_far_apart(backend: Backend) -> None:
+    ranks = torch.tensor([2, 1], device=backend.device)
+    sizes = torch.tensor([2], device=backend.device)
+    scores = torch.tensor([1.5, -0.25], device=backend.device).half()
+    apart = far_apart(scores[:, None])[:, 0]
+    assert apart.stride() == (2**31,)
+    op = partial(ranking_loss, backend=backend.name)
+    expected = with_gradients(lambda s: op(s, ranks, sizes), scores)
+    for x, y in zip(with_gradients(lambda s: op(s, ranks, sizes), apart), expected, strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+def test_the_normalizers_dtype_is_not_the_losss(
+    backend: Backend, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if backend.name == "ref" and dtype == torch.float64:
+        why = "reference_loss divides by the 0-d tensor as it is, which makes fp32 fp64"
+        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+    args = case(backend, [4, 1, 7])
+    op = partial(ranking_loss, *args, backend=backend.name)
+    normalizer = torch.tensor(7, device=args[0].device).to(dtype)
+    loss, _ = op(normalizer=normalizer)
+    assert loss.dtype == torch.float32
+    assert_same_bits(loss, op(normalizer=float(normalizer))[0])
 
 
 def test_repeats(backend: Backend) -> None:

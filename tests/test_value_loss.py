@@ -14,6 +14,7 @@ from op_checks import (
     assert_layout_changes_no_bit,
     assert_repeats,
     assert_second_derivative_raises,
+    far_apart,
     with_gradients,
 )
 from oracle import Backend, assert_accurate, assert_same_bits
@@ -165,6 +166,15 @@ def test_what_is_masked_reaches_nothing(backend: Backend, bad: float, clip) -> N
     assert not clean[-1][~mask].any()
 
 
+def test_an_old_value_of_nan_clips_nothing(backend: Backend) -> None:
+    values, old, returns, mask = case(backend, (40,))
+    op = partial(value_loss, backend=backend.name)
+    found = with_gradients(lambda v: op(v, NAN * old, returns, mask), values)
+    plain = with_gradients(lambda v: op(v, old, returns, mask, clip=None), values)
+    for x, y in zip(found, plain, strict=True):
+        assert_same_bits(x, y)
+
+
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_valid_nan_shows(backend: Backend, which: int) -> None:
     args = list(case(backend, (40,)))
@@ -209,6 +219,64 @@ def test_layouts(backend: Backend) -> None:
         strict=True,
     ):
         assert_same_bits(x, y)
+
+
+def test_rows_far_apart(backend: Backend) -> None:
+    *args, mask = case(backend, (2, 40))
+    args = [x.half() for x in args]
+    op = partial(value_loss, backend=backend.name)
+    expected = with_gradients(lambda x: op(x, *args[1:], mask), args[0])
+    for i in range(3):  # one at a time: each is 4 GiB of addresses
+        apart = [far_apart(x) if n == i else x for n, x in enumerate(args)]
+        found = with_gradients(lambda x, rest=apart[1:]: op(x, *rest, mask), apart[0])
+        for x, y in zip(found, expected, strict=True):
+            assert_same_bits(x, y)
+    assert_same_bits(op(*args, far_apart(mask))[0], expected[0])
+
+
+def test_gradients_do_not_depend_on_the_batch(backend: Backend) -> None:
+    """Divided by a number, an entry's gradient is its own: in a vector, in a rest, or alone."""
+    *args, _ = case(backend, (33,))
+    op = partial(value_loss, normalizer=3.0, backend=backend.name)
+    *_, together = with_gradients(lambda x: op(x, *args[1:]), args[0])
+    assert together.any()
+    for n in range(33):
+        one, *rest = (x[n : n + 1] for x in args)
+        *_, alone = with_gradients(lambda x, rest=rest: op(x, *rest), one)
+        if backend.name == "ref":  # promises no bits
+            torch.testing.assert_close(alone, together[n : n + 1])
+        else:
+            assert_same_bits(alone, together[n : n + 1])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_is_no_number_spoils_no_other_gradient(
+    backend: Backend, bad: float, which: int
+) -> None:
+    *args, mask = case(backend, (40,))
+    mask[3] = True
+    op = partial(value_loss, normalizer=3.0, backend=backend.name)
+    *_, clean = with_gradients(lambda x: op(x, *args[1:], mask), args[0])
+    args[which][3] = bad
+    *_, spoilt = with_gradients(lambda x: op(x, *args[1:], mask), args[0])
+    others = torch.arange(40, device=mask.device) != 3
+    assert_same_bits(spoilt[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+def test_the_normalizers_dtype_is_not_the_losss(
+    backend: Backend, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if backend.name == "ref" and dtype == torch.float64:
+        why = "reference_loss divides by the 0-d tensor as it is, which makes fp32 fp64"
+        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+    args = case(backend, (40,))
+    op = partial(value_loss, *args, backend=backend.name)
+    normalizer = torch.tensor(7, device=args[0].device).to(dtype)
+    loss, _ = op(normalizer=normalizer)
+    assert loss.dtype == torch.float32
+    assert_same_bits(loss, op(normalizer=float(normalizer))[0])
 
 
 def test_gradient_reaches_values_alone(backend: Backend) -> None:

@@ -146,6 +146,19 @@ def test_what_is_masked_reaches_nothing(backend: Backend, bad: float) -> None:
         assert not whiten(x, mask, backend=backend.name)[~mask].any()
 
 
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+def test_one_that_is_no_number(backend: Backend, bad: float) -> None:
+    """The only valid entry: its variance is 0, its distance from the mean no number."""
+    x, mask = case(backend, (40,))
+    one = torch.zeros_like(mask)
+    one[7] = True
+    x[7] = bad
+    for shift_mean in (True, False):
+        y = whiten(x, one, shift_mean=shift_mean, backend=backend.name)
+        assert y[7].isnan()
+        assert not y[~one].any()
+
+
 def test_layouts(backend: Backend) -> None:
     x, mask = case(backend, (4, 33))
     expected = whiten(x, mask, backend=backend.name)
