@@ -22,9 +22,13 @@ def layouts(*tensors: Tensor) -> Iterator[Tensors]:
 
 
 def far_apart(x: Tensor) -> Tensor:
-    """The (2, T) tensor with rows 2^31 elements apart, on pages of which few are ever touched."""
-    far = 2**31
-    wide = torch.empty(far + x.shape[1], dtype=x.dtype, device=x.device)
+    """The last row 2^31 elements past the first, on pages of which few are ever touched.
+
+    Two rows are 2^31 apart: a stride that is no int32. Three are 2^30 apart, a stride that is one,
+    and whose product with the row is none: what a kernel that counts in int32 gets wrong.
+    """
+    far = 2**31 // (len(x) - 1)
+    wide = torch.empty(2**31 + x.shape[1], dtype=x.dtype, device=x.device)
     return wide.as_strided(x.shape, (far, 1)).copy_(x)
 
 

@@ -224,8 +224,9 @@ def test_strides(backend: Backend) -> None:
                 assert_same_bits(x, y)
 
 
-def test_rows_far_apart(backend: Backend) -> None:
-    rewards, values, mask = case(2, 40, backend)
+@pytest.mark.parametrize("B", [2, 3])
+def test_rows_far_apart(backend: Backend, B: int) -> None:
+    rewards, values, mask = case(B, 40, backend)
     args = (rewards.half(), values.half(), mask)
     op = partial(gae, masked="decay", backend=backend.name)
     expected = op(*args, value_mask=mask)

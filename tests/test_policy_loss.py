@@ -194,6 +194,8 @@ def test_a_valid_nan_shows(backend: Backend, which: int) -> None:
     args = list(case(backend, (40,)))
     args[which][3], args[3][3] = NAN, True
     loss, stats = policy_loss(*args, backend=backend.name)
+    reference = policy_loss_ref(*args)[1]["clip_fraction"]
+    torch.testing.assert_close(stats["clip_fraction"], reference, rtol=1e-6, atol=0.0)
     assert loss.isnan()
     if which < 2:
         assert all(stats[k].isnan() for k in ("approx_kl", "ratio_mean", "ratio_max"))

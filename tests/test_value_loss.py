@@ -180,6 +180,8 @@ def test_a_valid_nan_shows(backend: Backend, which: int) -> None:
     args = list(case(backend, (40,)))
     args[which][3], args[3][3] = NAN, True
     loss, stats = value_loss(*args, backend=backend.name)
+    reference = value_loss_ref(*args)[1]["clip_fraction"]
+    torch.testing.assert_close(stats["clip_fraction"], reference, rtol=1e-6, atol=0.0)
     assert loss.isnan()
     assert stats["explained_variance"].isnan()
 
