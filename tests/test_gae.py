@@ -214,6 +214,7 @@ def test_strides(backend: Backend) -> None:
     )
     expanded = (rewards[:1].expand(4, 33), values[:, :1].expand(4, 33), mask[:1].expand(4, 33))
     off = tuple(torch.cat([x[0, :1], x.flatten()])[1:].view_as(x) for x in (rewards, values, mask))
+    assert not any(x.is_contiguous() for x in (*odd, *expanded))
     for args in (odd, expanded, off):
         dense = tuple(x.clone(memory_format=torch.contiguous_format) for x in args)
         for settings in ({}, {"masked": "decay", "value_mask": args[2].roll(1, 0)}):
