@@ -267,12 +267,7 @@ def test_what_is_no_number_spoils_no_other_gradient(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
-def test_the_normalizers_dtype_is_not_the_losss(
-    backend: Backend, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    if backend.name == "ref" and dtype == torch.float64:
-        why = "reference_loss divides by the 0-d tensor as it is, which makes fp32 fp64"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=True))
+def test_the_normalizers_dtype_is_not_the_losss(backend: Backend, dtype: torch.dtype) -> None:
     args = case(backend, (40,))
     op = partial(value_loss, *args, backend=backend.name)
     normalizer = torch.tensor(7, device=args[0].device).to(dtype)

@@ -91,7 +91,9 @@ def reference_loss(
     """The references' division of a sum; 0 where `valid`, how many terms it has, is 0."""
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.detach()
-    return torch.where(valid > 0, total / (default if normalizer is None else normalizer), 0.0)
+    divided = total / (default if normalizer is None else normalizer)
+    # A 0-d normalizer takes part in promotion, as a number does not; the loss has its own dtype.
+    return torch.where(valid > 0, divided.to(total.dtype), 0.0)
 
 
 @jit()
