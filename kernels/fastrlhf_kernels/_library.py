@@ -47,13 +47,12 @@ def _keys(*names: str) -> int:
 
 _DEVICES = ("CPU", "CUDA")
 _INPLACE = "ADInplaceOrView"  # of every tensor but those of inference mode
-# A plain tensor's keys, and what is left of them below Autograd.
+# The keys of a plain tensor, in inference mode and out of it.
 _PLAIN = frozenset(
     _keys(device, f"Autocast{device}", *more)
     for device in _DEVICES
     for more in ((), (_INPLACE, f"Autograd{device}"))
 )
-_PLAIN_BELOW = frozenset(_keys(device, *more) for device in _DEVICES for more in ((), (_INPLACE,)))
 # What torch adds to every call's keys, in inference mode and out of it; a mode adds more.
 _PLAIN_INCLUDED = frozenset((_keys("BackendSelect"), _keys("BackendSelect", _INPLACE)))
 # What Autograd's keys of all devices share; below Autograd, torch takes it from the keys of a call.
@@ -155,11 +154,8 @@ def _define(
     def compute(keyset: Any, args: tuple[Any, ...]) -> Any:
         with _below_autograd():
             if keyset is None:
-                return implementations[args[-1]](*args[:-1])
-            keys = keyset & _after_autograd_keyset
-            if keys.raw_repr() in _PLAIN_BELOW:
-                return implementations[args[-1]](*args[:-1])
-            return op.redispatch(keys, *args)
+                return run(*args)
+            return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     return name, op, compute
 
