@@ -44,13 +44,15 @@ def loss_and_gradient(op: Op, x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-def close(actual: Tensor, wanted: Tensor, relative: float = 1e-5, absolute: float = 0.0) -> None:
+def close(
+    actual: Tensor, wanted: Tensor, relative: float = 1e-5, absolute: float = 0.0, nan: bool = False
+) -> None:
     torch.testing.assert_close(
         actual.detach().cpu().double(),
         wanted.cpu().double(),
         rtol=relative,
         atol=absolute,
-        equal_nan=True,
+        equal_nan=nan,
     )
 
 

@@ -317,4 +317,4 @@ def a_score_that_is_no_number_stays_at_its_token(op: Op, device: str) -> None:
     last = torch.zeros(4, 4, dtype=torch.bool, device=device)
     last[0, 2] = last[1, 3] = last[2, 1] = True
     assert_same_bits(rewards[~last], wanted[~last])
-    close(rewards[last], torch.tensor([NAN, INF, -INF]))
+    close(rewards[last], torch.tensor([NAN, INF, -INF]), nan=True)
