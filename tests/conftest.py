@@ -2,7 +2,8 @@
 
 A test module of an op says `OP = "<op>"`; its tests that take `backend` then run once on every
 backend that the op has: ref, cpu with each instruction set, triton (interpreted without a GPU),
-cuda.
+cuda. `@pytest.mark.not_on(what, why)` names a backend, or "interpreted", of which the test says
+nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ settings.load_profile("fixed")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
-        metafunc.parametrize("backend", backends_for(metafunc.module.OP), indirect=True)
+        without = {mark.args[0] for mark in metafunc.definition.iter_markers("not_on")}
+        params = [
+            param
+            for param in backends_for(metafunc.module.OP)
+            if param.values[0].name not in without
+            and not (param.values[0].interpreted and "interpreted" in without)
+        ]
+        metafunc.parametrize("backend", params, indirect=True)
 
 
 @pytest.fixture

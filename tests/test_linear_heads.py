@@ -148,10 +148,9 @@ def test_mixed_dtypes(backend: Backend, op: str, dtypes: tuple[torch.dtype, ...]
 
 
 @BOTH
+@pytest.mark.not_on("ref", "the reference multiplies in fp32")
 def test_products_in_bf16(backend: Backend, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU with AMX; against plain PyTorch in bf16, whose products are rounded too."""
-    if backend.name == "ref":
-        pytest.skip("the reference multiplies in fp32")
     monkeypatch.setattr(_linear, "CPU_BF16", True)
     hidden, weight, labels, _ = case(24, 331, 64, backend, torch.bfloat16)
     labels[3] = -100

@@ -121,10 +121,9 @@ def test_many_pieces(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     check(backend, tensors, labels, temperature=torch.linspace(0.5, 2.0, 11).to(labels.device))
 
 
+@pytest.mark.not_on("ref", "torch's sums promise no such thing")
 def test_bits_of_logprobs_from_logits(backend: Backend) -> None:
     """Where products are exact, so that logits agree, the log-probs agree to the bit."""
-    if backend.name == "ref":
-        pytest.skip("torch's sums promise no such thing")
     N, V = (3, 4099) if backend.interpreted else (9, 9001)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(-4, 5, (N, 8), generator=generator).float().to(backend.device)
@@ -343,9 +342,8 @@ def test_opcheck_and_compile(backend: Backend) -> None:
         assert_same_bits(x, y)
 
 
+@pytest.mark.not_on("ref", "the reference has second derivatives")
 def test_second_derivative_raises(backend: Backend) -> None:
-    if backend.name == "ref":
-        pytest.skip("the reference has second derivatives")
     (hidden, weight, bias), labels = case(3, 4, 7, backend)
     assert_second_derivative_raises(
         lambda x: linear_logprobs(x, weight, labels, bias=bias, backend=backend.name), hidden

@@ -151,10 +151,10 @@ def test_extreme_temperatures(backend: Backend, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.not_on("ref", "a path of the C++ alone")
+@pytest.mark.not_on("triton", "a path of the C++ alone")
 def test_large_gradients(backend: Backend, dtype: torch.dtype) -> None:
     """From 32 MiB on the C++ stores past the caches, from any alignment: the same bits."""
-    if backend.name != "cpu":
-        pytest.skip("a path of the C++ alone")
     V = 50257
     N = -(-(33 << 20) // (V * dtype.itemsize))
     one, label = case(2, V, backend, dtype=dtype)
@@ -417,9 +417,8 @@ def test_opcheck_and_compile(backend: Backend) -> None:
     assert_same_bits(dx, eager_dx)
 
 
+@pytest.mark.not_on("ref", "the reference has second derivatives")
 def test_second_derivative_raises(backend: Backend) -> None:
-    if backend.name == "ref":
-        pytest.skip("the reference has second derivatives")
     logits, labels = case(2, 7, backend)
     assert_second_derivative_raises(
         lambda x: logprobs_from_logits(x, labels, backend=backend.name), logits

@@ -186,12 +186,11 @@ def composed(c: Case, backend: str, whitened: bool, group: Any = None, **setting
 @pytest.mark.parametrize(
     ("estimator", "shape"), [*((e, (3, 37)) for e in ESTIMATORS), ("k3", (2, 1100))]
 )
+@pytest.mark.not_on("cuda", "kl_penalty and shape_rewards have no CUDA C++ to compare bits with")
 def test_has_the_bits_of_the_ops_that_it_is_made_of(
     backend: Backend, estimator: str, shape: tuple[int, int]
 ) -> None:
     """All four results unwhitened; whitened ones too but on a GPU, whose moments go row by row."""
-    if backend.name == "cuda":
-        pytest.skip("kl_penalty and shape_rewards have no CUDA C++ to compare bits with")
     c = case(backend, *shape)
     for settings in ({"score_clip": 1.0}, {"gamma": 0.9, "lam": 0.8}):
         settings = settings | {"estimator": estimator}
