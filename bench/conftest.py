@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,26 @@ from common import measure, table
 
 import fastrlhf_kernels
 from fastrlhf_kernels import _native
+
+_BEGAN = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="begin no benchmark after this many seconds; what is left is reported as skipped",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_BEGAN] = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - item.config.stash[_BEGAN] > item.config.getoption("--seconds"):
+        pytest.skip("not measured: the time is over")
 
 
 @pytest.fixture
