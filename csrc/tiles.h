@@ -99,12 +99,20 @@ struct Sum {  // of vf
     low += __builtin_convertvector(half[0], vd);
     high += __builtin_convertvector(half[1], vd);
   }
+  void add_square(vf x) {  // in fp32 the square of 1e20 is infinite and that of 1e-24 zero
+    vhalf half[2];
+    __builtin_memcpy(half, &x, sizeof(x));
+    const vd a = __builtin_convertvector(half[0], vd), b = __builtin_convertvector(half[1], vd);
+    low += a * a;
+    high += b * b;
+  }
   double total() const { return hsum(low + high); }
 };
 template <>
 struct Sum<vd> {
   vd all{};
   void add(vd x) { all += x; }
+  void add_square(vd x) { all += x * x; }
   double total() const { return hsum(all); }
 };
 
@@ -157,7 +165,7 @@ inline Moments tile_moments(int64_t n, const Get& get, const Valid& valid) {
   Sum<V> squares;
   each_vector<V>(n, [&](int64_t i, int k) {
     const V centred = keep<V>(valid(i, k), get(i, k) - shift - static_cast<elem_t<V>>(centre));
-    squares.add(centred * centred);
+    squares.add_square(centred);
   });
   result.mean = static_cast<double>(shift) + centre;
   result.m2 = squares.total();

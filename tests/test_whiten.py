@@ -134,6 +134,15 @@ def test_equal_entries_are_exactly_zero(backend: Backend, n: int, value: float) 
         assert not whiten(wide, eps=0.0, backend=backend.name).any()
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e-24])
+def test_scales_whose_squares_are_no_numbers_of_fp32(backend: Backend, scale: float) -> None:
+    for n in (40, 1500):
+        x, mask = case(backend, (n,))
+        small = whiten(x, mask, eps=0.0, backend=backend.name)
+        found = whiten(x * scale, mask, eps=0.0, backend=backend.name)
+        torch.testing.assert_close(found, small, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
 def test_what_is_masked_reaches_nothing(backend: Backend, bad: float) -> None:
     for n in (40, 1500):

@@ -71,7 +71,11 @@ def compile_config(op: str, config: AotConfig, target: str) -> Compiled:
     compiled = triton.compile(
         ASTSource(config.kernel, signature, dict(config.constants), attrs),
         target=GPUTarget(backend, arch, warp_size),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": False,  # as `launch` has it
+        },
     )
     measure = _nvidia_usage if backend == "cuda" else _amd_usage
     registers, spilled = measure(compiled.asm)

@@ -116,7 +116,13 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
         return
-    product = torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else torch.mm(a, b)
+    if a.is_cuda:  # fp32 out of the matrix units, straight into place
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    product = torch.mm(a, b)
     if add:
         out.add_(product)
     else:

@@ -31,7 +31,7 @@ from torch import Tensor
 from . import _native
 from ._checks import check_labels
 from ._native import pointer
-from ._triton import AotConfig, exp_scaled, jit, log1p, on_device, tanh, tl
+from ._triton import AotConfig, exp_nonpositive, jit, launch, log1p, on_device, tanh, tl
 
 # Not tuned: 16 columns a lane, so that a tile's loads hide behind each other. To be swept on a GPU
 # by bench/bench_logprobs_from_logits.py. It fixes the order of the sums.
@@ -40,7 +40,10 @@ NUM_WARPS = 8
 BACKWARD_BLOCK_V = 2048
 BACKWARD_NUM_WARPS = 8
 
-_ANY_VALUE = ("N", "V", "K", "inner", "outer_stride", "inner_stride", "first", "ignore_index")
+_ANY_VALUE = (
+    *("N", "V", "K", "inner", "outer_stride", "inner_stride", "dx_stride", "first", "bias_start"),
+    "ignore_index",
+)
 
 # A multiple of both backends' tiles, so that columns handed over in pieces of it are cut the same.
 COLUMNS_MULTIPLE = 4096
@@ -48,63 +51,110 @@ COLUMNS_MULTIPLE = 4096
 
 @jit()
 def load_z(
-    x, bias, columns, V, scale, cap, some,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    x, bias, bias_start, columns, V, scale, cap, some,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """z in fp32 at `columns`; -inf past V, and everywhere where `some` is false."""
-    inside = (columns < V) & some
-    z = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    """z in fp32 at `columns`; -inf past V, and everywhere where `some` is false.
+
+    Without MASKED all columns are there. The layout of a tile, and with it the order of its sums,
+    follows from the widest load, so none may be wider than a row's: `bias_start`, which the
+    compiler does not know to be 0, keeps the bias' as narrow.
+    """
+    if MASKED:
+        inside = (columns < V) & some
+        z = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        z = tl.load(x + columns).to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias + columns, mask=inside, other=0.0)
-    z *= scale
+        bias += bias_start
+        if MASKED:
+            z += tl.load(bias + columns, mask=inside, other=0.0)
+        else:
+            z += tl.load(bias + columns)
+    if scale is not None:
+        z *= scale
     if HAS_CAP:
         z = cap * tanh(z / cap)
-    return tl.where(inside, z, float("-inf"))
+    if MASKED:
+        z = tl.where(inside, z, float("-inf"))
+    return z
 
 
 @jit()
-def tile_state(z, t, MOMENT: tl.constexpr):
+def exponent(z, m, t, UNIT: tl.constexpr):
+    """(z - m) / t for z <= m, at least -150, where exp is 0 in fp32; NaN where z or m is NaN.
+
+    UNIT says that t is 1. The maximum is subtracted before scaling: folded into the scaled load, a
+    large offset would cost digits.
+    """
+    u = z - m
+    if not UNIT:
+        # By the reciprocal, and once more for what that leaves: a division has a slow path, for
+        # which registers are kept. Finite throughout, so that nothing is inf - inf.
+        inverse = tl.minimum(tl.div_rn(1.0, t), 3.0e38)
+        d = tl.maximum(u, -3.0e38, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.maximum(d * inverse, -150.0, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.fma(tl.fma(-u, t, d), inverse, u)
+        u = tl.where(z == float("-inf"), -150.0, u)
+    return tl.maximum(u, -150.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit()
+def tile_state(z, t, MOMENT: tl.constexpr, UNIT: tl.constexpr):
     """(max, rest, moment) of a tile."""
-    nan = tl.max(tl.where(z != z, 1, 0), 0) > 0  # tl.max may or may not drop NaN
-    z = tl.where(z != z, float("-inf"), z)
-    m = tl.max(z, 0)
-    is_max = z == m
-    e = exp_scaled(z, m, t)
-    rest = tl.sum(tl.where(is_max, 0.0, e), 0) + (tl.sum(tl.where(is_max, 1.0, 0.0), 0) - 1.0)
-    rest = tl.where(m == float("-inf"), 0.0, rest)
-    rest = tl.where(nan | (m == float("inf")), float("nan"), rest)
+    m = tl.max(z, 0)  # of what is no NaN
+    u = exponent(z, tl.where(m == float("-inf"), 0.0, m), t, UNIT)
+    e = exp_nonpositive(u)
+    total = tl.sum(e, 0)
+    rest = total - 1.0
+    if total < 3.0:
+        # Few terms beside the maximum: they are summed without it, or their digits would be lost.
+        top = z == m
+        rest = tl.sum(tl.where(top, 0.0, e), 0) + (tl.sum(tl.where(top, 1.0, 0.0), 0) - 1.0)
+    rest = tl.where((m == float("-inf")) & (total == total), 0.0, rest)
     moment = 0.0
     if MOMENT:
-        moment = tl.sum(e * tl.where(e == 0.0, 0.0, z - m), 0)
+        moment = tl.sum(e * u, 0) * t
     return m, rest, moment
 
 
 @jit()
-def combine(m1, rest1, moment1, m2, rest2, moment2, t):
+def combine(m1, rest1, moment1, m2, rest2, moment2, t, UNIT: tl.constexpr):
     """The state of two tiles together."""
     m = tl.maximum(m1, m2)
     low = tl.minimum(m1, m2)
     left = m1 >= m2
     rest = tl.where(left, rest1, rest2)
     moved = 1.0 + tl.where(left, rest2, rest1)
-    e = exp_scaled(low, m, t)  # 0 for an empty tile
-    d = tl.where(e == 0.0, 0.0, low - m)
+    empty = low == float("-inf")  # the tile adds nothing
+    u = exponent(tl.where(empty, 0.0, low), tl.where(empty, 0.0, m), t, UNIT)
+    e = tl.where(empty, 0.0, exp_nonpositive(u))
     moment = tl.where(left, moment1, moment2)
-    moment += e * (tl.where(left, moment2, moment1) + moved * d)
+    moment += e * (tl.where(left, moment2, moment1) + moved * (u * t))
     return m, rest + moved * e, moment
 
 
 @jit()
 def scan_row(
-    x, bias, V, m, rest, moment, t, scale, cap, some,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MOMENT: tl.constexpr, BLOCK_V: tl.constexpr,
+    x, bias, bias_start, V, m, rest, moment, t, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MOMENT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The state of a row with V more columns behind it."""
     lane = tl.arange(0, BLOCK_V)
-    for i in range(tl.cdiv(V, BLOCK_V)):
-        z = load_z(x, bias, i * BLOCK_V + lane, V, scale, cap, some, HAS_BIAS, HAS_CAP)
-        m2, rest2, moment2 = tile_state(z, t, MOMENT)
-        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t)
+    whole = V // BLOCK_V
+    for i in range(whole):
+        z = load_z(
+            x, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, True, False, HAS_BIAS, HAS_CAP
+        )
+        m2, rest2, moment2 = tile_state(z, t, MOMENT, UNIT)
+        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t, UNIT)
+    for i in range(whole, tl.cdiv(V, BLOCK_V)):
+        z = load_z(
+            x, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, True, True, HAS_BIAS, HAS_CAP
+        )
+        m2, rest2, moment2 = tile_state(z, t, MOMENT, UNIT)
+        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t, UNIT)
     return m, rest, moment
 
 
@@ -117,10 +167,11 @@ def row_offset(row, inner, outer_stride, inner_stride):
 def _forward_kernel(
     x, bias, labels, temperatures, state, logprobs, entropy,  # pointers
     N, V, K, inner,  # sizes
-    outer_stride, inner_stride, first,  # strides; the global column of x's first one
+    outer_stride, inner_stride, first, bias_start,  # strides; x's first column; 0, see load_z
     temperature, scale, cap, ignore_index,  # constants
     BEGIN: tl.constexpr, END: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_TEMPERATURES: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr, HAS_ENTROPY: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row_offset(row, inner, outer_stride, inner_stride)
@@ -139,32 +190,23 @@ def _forward_kernel(
         rest = tl.load(state + N + row)
         moment = tl.load(state + 2 * N + row)
     m, rest, moment = scan_row(
-        x,
-        bias,
-        V,
-        m,
-        rest,
-        moment,
-        temperature,
-        scale,
-        cap,
-        some,
-        HAS_BIAS,
-        HAS_CAP,
-        HAS_ENTROPY,
-        BLOCK_V,
-    )
+        x, bias, bias_start, tl.where(some, V, 0), m, rest, moment, temperature, scale, cap,
+        HAS_BIAS, HAS_CAP, HAS_ENTROPY, UNIT, BLOCK_V,
+    )  # fmt: skip
     if END:
         rest = tl.where(some & (m == float("-inf")), float("nan"), rest)
     for k in range(K):
         label = tl.load(labels + k)
         column = label - first
         here = (label != ignore_index) & (column >= 0) & (column < V)
-        z = load_z(x, bias, tl.where(here, column, 0), V, scale, cap, here, HAS_BIAS, HAS_CAP)
+        z = load_z(
+            x, bias, bias_start, tl.where(here, column, 0), V, scale, cap, here, True, HAS_BIAS,
+            HAS_CAP,
+        )  # fmt: skip
         if not BEGIN:
             z = tl.where(here, z, tl.load(logprobs + k))
         if END:
-            z = (z - m) / temperature - log1p(rest)
+            z = tl.div_rn(z - m, temperature) - log1p(rest)
             z = tl.where(label == ignore_index, 0.0, z)
         tl.store(logprobs + k, z)
     if END and HAS_ENTROPY:
@@ -179,10 +221,10 @@ def _forward_kernel(
 def _backward_kernel(
     x, bias, labels, temperatures, state, grad_logprobs, grad_entropy, dx,  # pointers
     N, V, K, inner,  # sizes
-    outer_stride, inner_stride, dx_stride, first,  # strides; the global column of x's first one
+    outer_stride, inner_stride, dx_stride, first, bias_start,  # as above
     temperature, scale, cap, ignore_index,  # constants
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, UNIT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -191,6 +233,8 @@ def _backward_kernel(
         temperature = tl.load(temperatures + row)
     m = tl.load(state + row)
     rest = tl.load(state + N + row)
+    inverse = tl.div_rn(1.0, temperature)
+    share = tl.div_rn(1.0, 1.0 + rest)
     # The gradients of the labels equal to a column, and of all.
     own = tl.zeros([BLOCK_V], tl.float32)
     total = 0.0
@@ -199,34 +243,37 @@ def _backward_kernel(
         label = tl.load(labels + row * K + k)
         valid = label != ignore_index
         grad = tl.load(grad_logprobs + row * K + k, mask=valid, other=0.0)
-        own += tl.where(columns == label - first, grad, 0.0)
+        own += tl.where(columns == (label - first).to(tl.int32), grad, 0.0)
         total += grad
         n_valid += tl.where(valid, 1, 0)
     some = n_valid > 0
     inside = columns < V
     z = tl.load(x + columns, mask=inside & some, other=0.0).to(tl.float32)
-    slope = scale
     if HAS_BIAS:
-        z += tl.load(bias + columns, mask=inside, other=0.0)
-    z *= scale
+        z += tl.load(bias + bias_start + columns, mask=inside, other=0.0)
+    slope = inverse
+    if scale is not None:
+        z *= scale
+        slope *= scale
     if HAS_CAP:
         # d tanh(a) = 4 e / (1 + e)^2 with e = exp(-2|a|), without cancellation
         e = tl.exp(-2.0 * tl.abs(z / cap))
-        slope = scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
+        slope = slope * 4.0 * e / ((1.0 + e) * (1.0 + e))
         z = cap * tanh(z / cap)
-    p = exp_scaled(z, m, temperature) / (1.0 + rest)
-    not_p = tl.where(z == m, rest / (1.0 + rest), 1.0 - p)
+    u = exponent(z, m, temperature, UNIT)
+    p = exp_nonpositive(u) * share
+    not_p = tl.where(z == m, rest * share, 1.0 - p)
     dz = own * not_p - (total - own) * p
     if HAS_ENTROPY:
         upstream = tl.load(grad_entropy + row)
-        mean = tl.load(state + 2 * N + row) / (1.0 + rest)
-        dz -= upstream * p * ((tl.where(p == 0.0, 0.0, z - m) - mean) / temperature)
-    dz = tl.where(some, dz / temperature * slope, 0.0)
+        mean = tl.load(state + 2 * N + row) * share * inverse
+        dz -= upstream * p * (u - mean)
+    dz = tl.where(some, dz * slope, 0.0)
     tl.store(dx + row * dx_stride + columns, dz.to(dx.dtype.element_ty), mask=inside)
 
 
-_SIZES = dict.fromkeys(("N", "V", "K", "inner", "inner_stride", "outer_stride", "first"), "i32")
-_SETTINGS = dict.fromkeys(("temperature", "scale", "cap"), "fp32") | {"ignore_index": "i32"}
+_SIZES = dict.fromkeys([n for n in _ANY_VALUE if n not in ("dx_stride", "ignore_index")], "i32")
+_SETTINGS = dict.fromkeys(("temperature", "cap"), "fp32") | {"ignore_index": "i32"}
 _FORWARD = {"x": "*fp32", "labels": "*i64", "state": "*fp32", "logprobs": "*fp32"}
 _BACKWARD = {"x": "*fp32", "labels": "*i64", "state": "*fp32", "grad_logprobs": "*fp32"}
 
@@ -234,8 +281,9 @@ _BACKWARD = {"x": "*fp32", "labels": "*i64", "state": "*fp32", "grad_logprobs": 
 def aot_configs(x_type: str, dx_type: str, *, head: bool) -> list[AotConfig]:
     """How the two kernels ship: for whole rows of logits, or with `head` for tiles of a head."""
     flags = {"HAS_BIAS": head, "HAS_CAP": head, "HAS_ENTROPY": head, "HAS_TEMPERATURES": head}
-    pointers = {"bias": "*fp32", "temperatures": "*fp32"} if head else {}
-    absent = {} if head else {"bias": None, "temperatures": None}
+    flags["UNIT"] = not head
+    pointers = {"bias": "*fp32", "temperatures": "*fp32", "scale": "fp32"} if head else {}
+    absent = {} if head else {"bias": None, "temperatures": None, "scale": None}
     forward = _FORWARD | {"x": x_type} | pointers | _SIZES | _SETTINGS
     backward = _BACKWARD | {"x": x_type, "dx": dx_type} | pointers | _SIZES | _SETTINGS
     return [
@@ -308,14 +356,16 @@ def forward_rows(
             _native.DTYPE_TAGS[x.dtype],
         )  # fmt: skip
         return
+    scale = None if head.scale == 1.0 else head.scale
     with on_device(x):
-        _forward_kernel[(N,)](
+        launch(_forward_kernel, (N,))(
             x, head.bias, labels, head.temperatures, state, logprobs, entropy,
             N, V, K, inner,
-            outer_stride, inner_stride, first,
-            head.temperature, head.scale, head.softcap, head.ignore_index,
+            outer_stride, inner_stride, first, 0,
+            head.temperature, scale, head.softcap, head.ignore_index,
             BEGIN=begin, END=end, HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap != 0.0,
             HAS_TEMPERATURES=head.temperatures is not None, HAS_ENTROPY=entropy is not None,
+            UNIT=head.temperatures is None and head.temperature == 1.0,
             BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -348,14 +398,16 @@ def backward_rows(
             _native.DTYPE_TAGS[x.dtype],
         )  # fmt: skip
         return
+    scale = None if head.scale == 1.0 else head.scale
     with on_device(x):
-        _backward_kernel[(N, -(-V // BACKWARD_BLOCK_V))](
+        launch(_backward_kernel, (N, -(-V // BACKWARD_BLOCK_V)))(
             x, head.bias, labels, head.temperatures, state, grad_logprobs, grad_entropy, dx,
             N, V, K, inner,
-            outer_stride, inner_stride, dx.stride(0), first,
-            head.temperature, head.scale, head.softcap, head.ignore_index,
+            outer_stride, inner_stride, dx.stride(0), first, 0,
+            head.temperature, scale, head.softcap, head.ignore_index,
             HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap != 0.0,
             HAS_TEMPERATURES=head.temperatures is not None, HAS_ENTROPY=grad_entropy is not None,
+            UNIT=head.temperatures is None and head.temperature == 1.0,
             BLOCK_V=BACKWARD_BLOCK_V, num_warps=BACKWARD_NUM_WARPS,
         )  # fmt: skip
 

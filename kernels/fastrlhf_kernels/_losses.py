@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _native
 from ._library import register_backward
-from ._triton import AotConfig, jit, on_device, tl
+from ._triton import AotConfig, jit, launch, on_device, tl
 
 # Not tuned. A tile's width fixes the order in which a sum is made: another gives other last bits.
 BLOCK_N = 1024  # entries a program
@@ -214,7 +214,7 @@ def _scale_triton(grad_loss: Tensor, stats: Tensor, gradient: Tensor, dtype: tor
     if N == 0:
         return out
     with on_device(out):
-        _scale_kernel[(n_tiles(N, BLOCK_N),)](
+        launch(_scale_kernel, (n_tiles(N, BLOCK_N),))(
             grad_loss.contiguous(), stats[-1:], gradient, out, N, BLOCK_N=BLOCK_N
         )
     return out

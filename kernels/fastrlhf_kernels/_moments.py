@@ -53,7 +53,8 @@ def tile_moments(x, valid):
     centred = tl.where(valid, shifted - centre, 0.0)
     # The mean of the rounded differences is not 0 to the last bit: take it into the mean.
     rest = tl.sum(centred) / tl.maximum(n, 1.0)
-    m2 = tl.sum(centred * centred).to(tl.float64) - n * rest * rest
+    wide = centred.to(tl.float64)  # the square of 1e20 is no number of fp32, nor that of 1e-24
+    m2 = tl.sum(wide * wide) - n * rest * rest
     return n, shift.to(tl.float64) + centre + rest, tl.where(m2 < 0.0, 0.0, m2)
 
 

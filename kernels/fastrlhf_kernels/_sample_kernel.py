@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._logprob_rows import BLOCK_V, NUM_WARPS, load_z, scan_row
-from ._triton import AotConfig, exp_scaled, jit, log1p, on_device, philox_uniforms, tl
+from ._logprob_rows import BLOCK_V, NUM_WARPS, exponent, load_z, scan_row
+from ._triton import (
+    AotConfig,
+    exp_nonpositive,
+    jit,
+    launch,
+    log1p,
+    on_device,
+    philox_uniforms,
+    tl,
+)
 
 SAMPLE_TILE = 1024  # part of the specification: another width draws other tokens
 
@@ -23,16 +32,22 @@ def _keys(z):
 
 
 @jit()
+def _mass(z, m, t):
+    """exp((z - m) / t)."""
+    return exp_nonpositive(exponent(z, m, t, False))
+
+
+@jit()
 def _above(x, V, bound, m, t, BLOCK_V: tl.constexpr):
     """How many keys of the row are above `bound`, and their mass."""
     lane = tl.arange(0, BLOCK_V)
     count = 0
     mass = 0.0
     for i in range(tl.cdiv(V, BLOCK_V)):
-        z = load_z(x, x, i * BLOCK_V + lane, V, 1.0, 1.0, True, False, False)
+        z = load_z(x, x, 0, i * BLOCK_V + lane, V, None, 1.0, True, True, False, False)
         inside = _keys(z) > bound
         count += tl.sum(tl.where(inside, 1, 0), 0)
-        mass += tl.sum(tl.where(inside, exp_scaled(z, m, t), 0.0), 0)
+        mass += tl.sum(tl.where(inside, _mass(z, m, t), 0.0), 0)
     return count, mass
 
 
@@ -54,8 +69,8 @@ def _prefix(x, V, k, limit, m, t, BLOCK_V: tl.constexpr):
     count, mass = _above(x, V, high, m, t, BLOCK_V)
     bits = high.to(tl.int32)
     z = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    e = exp_scaled(z, m, t)
-    by_mass = tl.ceil((limit - mass) / tl.where(e > 0.0, e, 1.0))
+    e = _mass(z, m, t)
+    by_mass = tl.ceil(tl.div_rn(limit - mass, tl.where(e > 0.0, e, 1.0)))
     ties = tl.minimum(k - count, tl.where((e > 0.0) & (by_mass < V), by_mass, V * 1.0).to(tl.int32))
     ties = tl.maximum(ties, tl.where(count == 0, 1, 0))
     return high, ties, mass + ties.to(tl.float32) * e
@@ -67,8 +82,8 @@ def _tile_masses(
     FILTER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(logits, kept masses) of a tile, and how many equals of the threshold are left after it."""
-    z = load_z(x, x, tile * TILE + tl.arange(0, TILE), V, 1.0, 1.0, True, False, False)
-    e = exp_scaled(z, m, t)
+    z = load_z(x, x, 0, tile * TILE + tl.arange(0, TILE), V, None, 1.0, True, True, False, False)
+    e = _mass(z, m, t)
     if FILTER:
         keys = _keys(z)
         equal = tl.where(keys == threshold, 1, 0)
@@ -98,7 +113,7 @@ def _sample_kernel(
     t = tl.where(greedy, 1.0, temperature)
     m, rest, moment = float("-inf"), 0.0, 0.0
     m, rest, moment = scan_row(
-        x, x, V, m, rest, moment, t, 1.0, 1.0, True, False, False, False, BLOCK_V
+        x, x, 0, V, m, rest, moment, t, None, 1.0, False, False, False, False, BLOCK_V
     )
     bad = (m == float("-inf")) | (rest != rest)
     m = tl.where(bad, 0.0, m)
@@ -157,10 +172,10 @@ def _sample_kernel(
     token = tl.where(bad, 0, token)
 
     z = tl.load(x + token).to(tl.float32)
-    logprob = tl.where(bad, float("nan"), (z - m) / t - log1p(rest))
+    logprob = tl.where(bad, float("nan"), tl.div_rn(z - m, t) - log1p(rest))
     after = logprob
     if FILTER:
-        after = tl.where(bad, float("nan"), (z - m) / t - log1p(kept_rest))
+        after = tl.where(bad, float("nan"), tl.div_rn(z - m, t) - log1p(kept_rest))
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, logprob)
     tl.store(sampled + row, tl.where(greedy & (bad == 0), 0.0, after))
@@ -193,7 +208,7 @@ AOT_CONFIGS = [
 ]
 
 
-def launch(
+def launch_sample(
     logits: Tensor,  # (B, V), dense along V, B > 0
     seeds: Tensor | None,
     positions: Tensor | None,
@@ -210,7 +225,7 @@ def launch(
     """Draws into tokens, logprobs and sampled."""
     B, V = logits.shape
     with on_device(logits):
-        _sample_kernel[(B,)](
+        launch(_sample_kernel, (B,))(
             logits, seeds, positions, *rows,
             tokens, logprobs, sampled,
             V, logits.stride(0),

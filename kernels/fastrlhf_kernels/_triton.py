@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ from . import _env
 __all__ = [
     "LOG2E",
     "AotConfig",
+    "aligned",
     "exp",
+    "exp_nonpositive",
     "exp_scaled",
     "expm1",
     "jit",
+    "launch",
     "log1p",
     "missing",
     "on_device",
@@ -84,6 +88,25 @@ def jit(*, any_value: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], An
     return decorate
 
 
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """`kernel[grid]`, with every product and sum rounded by itself, as the source has them.
+
+    ptxas would otherwise contract some into fused multiply-adds, and which ones changes with what
+    stands around them: one routine would give other bits in another kernel. Where a fused one is
+    wanted the source says tl.fma.
+    """
+    return partial(kernel[grid], enable_fp_fusion=False)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` itself if it starts at a multiple of 16 bytes, else a copy; for contiguous tensors.
+
+    Triton loads as widely as the alignment allows, and the order of a sum over a tile follows from
+    that width: so that equal values give equal bits, all have the same.
+    """
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Makes the GPU of `x` the current one for a launch; nothing for a CPU tensor."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -95,6 +118,8 @@ if triton is not None:
         0.693145751953125
     )  # 15 bits: a whole number below 2^9 times it is exact
     LN2_LOW = tl.constexpr(1.428606765330187e-06)
+    LN2_TOP = tl.constexpr(0.693147182464599609375)  # ln 2 in fp32, and what it lacks
+    LN2_REST = tl.constexpr(-1.904654299957768e-09)
     TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 
 
@@ -113,6 +138,19 @@ def exp(x):
 
 
 @jit()
+def exp_nonpositive(u):
+    """exp(u) to a few ulp for u in [-150, 0]; 0 where it is no normal number, exactly 1 at 0.
+
+    The rounding of u * log2(e), which exp2 would raise to |u| ulp, is found by an exact product and
+    made good.
+    """
+    a = u * LOG2E
+    e = tl.exp2(a)
+    off = tl.fma(a, -LN2_REST, tl.fma(a, -LN2_TOP, u))
+    return tl.fma(e, off, e)
+
+
+@jit()
 def exp_scaled(x, m, t):
     """exp((x - m) / t), 0 where x is -inf, even where m is too.
 
@@ -128,17 +166,21 @@ def expm1(x):
     # Below ln 2 in size: the series, whose next term is under 1e-9 of the sum. Above it, exp(x) - 1
     # loses less than two bits.
     near = tl.abs(x) < 0.69
-    y = tl.where(near, x, 0.0)
-    s = 1.0 / 3628800.0
-    s = s * y + 1.0 / 362880.0
-    s = s * y + 1.0 / 40320.0
-    s = s * y + 1.0 / 5040.0
-    s = s * y + 1.0 / 720.0
-    s = s * y + 1.0 / 120.0
-    s = s * y + 1.0 / 24.0
-    s = s * y + 1.0 / 6.0
-    s = s * y + 0.5
-    return tl.where(near, y + y * y * s, exp(x) - 1.0)
+    return tl.where(near, expm1_near(tl.where(near, x, 0.0)), exp(x) - 1.0)
+
+
+@jit()
+def expm1_near(y):
+    """exp(y) - 1 to a few ulp, for |y| < 0.69."""
+    s = tl.fma(y, 1.0 / 3628800.0, 1.0 / 362880.0)
+    s = tl.fma(s, y, 1.0 / 40320.0)
+    s = tl.fma(s, y, 1.0 / 5040.0)
+    s = tl.fma(s, y, 1.0 / 720.0)
+    s = tl.fma(s, y, 1.0 / 120.0)
+    s = tl.fma(s, y, 1.0 / 24.0)
+    s = tl.fma(s, y, 1.0 / 6.0)
+    s = tl.fma(s, y, 0.5)
+    return tl.fma(y * y, s, y)
 
 
 @jit()
@@ -166,7 +208,9 @@ def softplus(x):
 @jit()
 def tanh(x):
     """tanh(x) to a few ulp."""
-    e = expm1(-2.0 * tl.abs(x))  # in (-1, 0]: no overflow
+    u = tl.maximum(-2.0 * tl.abs(x), -150.0, propagate_nan=tl.PropagateNan.ALL)
+    near = u > -0.69
+    e = tl.where(near, expm1_near(tl.where(near, u, 0.0)), exp_nonpositive(u) - 1.0)
     t = -e / (e + 2.0)
     return tl.where(x < 0.0, -t, t)
 

@@ -48,7 +48,7 @@ from ._checks import (
 )
 from ._library import register
 from ._native import pointer
-from ._triton import AotConfig, jit, on_device, tl
+from ._triton import AotConfig, jit, launch, on_device, tl
 
 # Not tuned: 8 steps a lane, so that a tile's loads hide behind each other. To be swept on a GPU by
 # bench/bench_gae.py. It fixes the order of the scan, so another width gives other last bits.
@@ -242,7 +242,7 @@ def _gae_triton(
     m, mask_stride = rows(mask, torch.uint8)
     w, value_mask_stride = rows(value_mask, torch.uint8)
     with on_device(rewards):
-        _gae_kernel[(B,)](
+        launch(_gae_kernel, (B,))(
             r, v, m, w, advantages, returns,
             T,
             rewards_stride, values_stride, mask_stride, value_mask_stride,

@@ -35,7 +35,7 @@ from ._checks import (
 )
 from ._library import register
 from ._native import pointer
-from ._triton import AotConfig, jit, on_device, tl
+from ._triton import AotConfig, jit, launch, on_device, tl
 from .gae import BLOCK_T, NUM_WARPS, gae_ref, gae_row, results
 
 
@@ -101,7 +101,7 @@ def _gae_varlen_triton(
     if G == 0:
         return advantages, returns
     with on_device(rewards):
-        _gae_varlen_kernel[(G,)](
+        launch(_gae_varlen_kernel, (G,))(
             rewards.contiguous(), values.contiguous(), cu_seqlens.contiguous(), advantages, returns,
             gamma * lam, gamma * (1.0 - lam),
             BLOCK_T=BLOCK_T, num_warps=NUM_WARPS,

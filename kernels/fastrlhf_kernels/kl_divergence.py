@@ -44,9 +44,9 @@ from . import _native
 from ._backends import choose
 from ._checks import check_device, check_float, check_number, check_shape, compute_dtype
 from ._library import register, register_backward
-from ._logprob_rows import row_offset, scan_row
+from ._logprob_rows import exponent, row_offset, scan_row
 from ._native import pointer, with_unit_stride
-from ._triton import AotConfig, exp_scaled, jit, log1p, on_device, tl
+from ._triton import AotConfig, exp_nonpositive, jit, launch, log1p, on_device, tl
 
 # Not tuned: as in _logprob_rows.py, half as wide since two rows are held at once.
 BLOCK_V = 2048
@@ -117,15 +117,15 @@ def _exact_part(a, b):
 @jit()
 def _entry(a, b, max_p, max_q, total_p, total_q, shift, t):
     """p, q, w (2 where a logit is -inf), p w - p + q, and p - q."""
-    p = exp_scaled(a, max_p, t) / total_p
-    q = exp_scaled(b, max_q, t) / total_q
+    p = exp_nonpositive(exponent(a, max_p, t, False)) * tl.div_rn(1.0, total_p)
+    q = exp_nonpositive(exponent(b, max_q, t, False)) * tl.div_rn(1.0, total_q)
     gone = (a == float("-inf")) | (b == float("-inf"))
     x = tl.where(gone, max_p, a)
     y = tl.where(gone, max_q, b)
     low = _exact_part(x, y)
     low = tl.where(low == low, low, 0.0)  # past the largest number
     w = ((x - y) - (max_p - max_q)) + (low - _exact_part(max_p, max_q))
-    w = w / t - shift
+    w = tl.div_rn(w, t) - shift
     w = tl.where(w > 1e38, 1e38, w)  # 0 times it is 0; a NaN stays
     w = tl.where(w < -1e38, -1e38, w)
     w = tl.where(gone, 2.0, w)
@@ -158,12 +158,40 @@ def _forward_kernel(
     q += row_offset(row, inner, q_outer, q_stride)
     max_p, rest_p, moment = float("-inf"), 0.0, 0.0
     max_p, rest_p, moment = scan_row(
-        p, p, V, max_p, rest_p, moment, temperature, 1.0, 1.0, True, False, False, False, BLOCK_V
-    )
+        p,
+        p,
+        0,
+        V,
+        max_p,
+        rest_p,
+        moment,
+        temperature,
+        1.0,
+        1.0,
+        False,
+        False,
+        False,
+        False,
+        BLOCK_V,
+    )  # fmt: skip
     max_q, rest_q, moment = float("-inf"), 0.0, 0.0
     max_q, rest_q, moment = scan_row(
-        q, q, V, max_q, rest_q, moment, temperature, 1.0, 1.0, True, False, False, False, BLOCK_V
-    )
+        q,
+        q,
+        0,
+        V,
+        max_q,
+        rest_q,
+        moment,
+        temperature,
+        1.0,
+        1.0,
+        False,
+        False,
+        False,
+        False,
+        BLOCK_V,
+    )  # fmt: skip
     shift = log1p(rest_p) - log1p(rest_q)
     total = 0.0
     difference = 0.0
@@ -291,7 +319,7 @@ def _forward(backend: str, p: Tensor, q: Tensor, temperature: float) -> tuple[Te
         )  # fmt: skip
         return kl, state
     with on_device(p):
-        _forward_kernel[(N,)](
+        launch(_forward_kernel, (N,))(
             p, q, state, kl, N, V, inner, *_layout(p), *_layout(q), temperature,
             BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -329,7 +357,7 @@ def _backward(
         )  # fmt: skip
         return room
     with on_device(p):
-        _backward_kernel[(N, -(-V // BLOCK_V))](
+        launch(_backward_kernel, (N, -(-V // BLOCK_V)))(
             p, q, state, kl, grad, dp, dq, N, V, inner, *_layout(p), *_layout(q), temperature,
             HAS_DP=to_p, HAS_DQ=to_q, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -29,7 +29,7 @@ from ._backends import choose
 from ._checks import check_choice, check_float, check_like, compute_dtype
 from ._library import register, register_backward
 from ._native import dense
-from ._triton import AotConfig, exp, jit, on_device, tl
+from ._triton import AotConfig, exp, jit, launch, on_device, tl
 
 BLOCK_N = 1024  # not tuned; bench/bench_kl_penalty.py on a GPU would
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -140,7 +140,7 @@ def _launch(grad: Tensor | None, logprobs: Tensor, ref_logprobs: Tensor, estimat
     if N == 0:
         return out
     with on_device(out):
-        _kl_penalty_kernel[((N + BLOCK_N - 1) // BLOCK_N,)](
+        launch(_kl_penalty_kernel, ((N + BLOCK_N - 1) // BLOCK_N,))(
             None if grad is None else grad.contiguous(),
             logprobs.contiguous(), ref_logprobs.contiguous(), out,
             N,

@@ -49,7 +49,7 @@ from ._losses import (
     wants_gradient,
 )
 from ._native import dense, pointer
-from ._triton import exp, jit, on_device, tl
+from ._triton import aligned, exp, jit, launch, on_device, tl
 
 STATS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
 MAX_LOG_RATIO = 20.0  # exp(20) is 4.9e8: any such ratio is clipped or a sign of a broken rollout
@@ -213,9 +213,10 @@ def _policy_loss_triton(
     partials = loss.new_empty((tiles, FIELDS), dtype=torch.float64) if tiles > 1 else None
     divisor, number, by = _losses.triton_normalizer(normalizer, normalizer_number, loss.device)
     with on_device(loss):
-        _policy_loss_kernel[(tiles,)](
-            logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(),
-            None if mask is None else mask.contiguous().view(torch.uint8), divisor,
+        launch(_policy_loss_kernel, (tiles,))(
+            aligned(logprobs.contiguous()), aligned(old_logprobs.contiguous()),
+            aligned(advantages.contiguous()),
+            None if mask is None else aligned(mask.contiguous().view(torch.uint8)), divisor,
             loss, stats, gradient if with_gradient else None, partials,
             N,
             1.0 - clip, 1.0 + clip, number,
@@ -223,7 +224,7 @@ def _policy_loss_triton(
             NORMALIZER=by, ONE_TILE=tiles == 1, FIELDS=FIELDS, BLOCK_N=BLOCK_N,
         )  # fmt: skip
         if partials is not None:
-            _finish_kernel[(1,)](
+            launch(_finish_kernel, (1,))(
                 partials, divisor, loss, stats,
                 tiles,
                 number,

@@ -49,7 +49,7 @@ from ._losses import (
     wants_gradient,
 )
 from ._native import dense, pointer
-from ._triton import AotConfig, exp, jit, log1p, on_device, tl
+from ._triton import AotConfig, exp, jit, launch, log1p, on_device, tl
 
 STATS = ("pair_accuracy", "pairs")
 BLOCK_K = 16  # pairs are walked in squares of this side; InstructGPT's K is 4 to 9. Not tuned.
@@ -203,14 +203,14 @@ def _ranking_loss_triton(
     divisor, number, by = _losses.triton_normalizer(normalizer, normalizer_number, loss.device)
     with on_device(loss):
         if G > 0:
-            _ranking_loss_kernel[(G,)](
+            launch(_ranking_loss_kernel, (G,))(
                 scores.contiguous(), ranks.contiguous(), group_sizes.contiguous(),
                 gradient if with_gradient else None, partials,
                 G, scores.shape[0],
                 HAS_GRADIENT=with_gradient, FIELDS=FIELDS, BLOCK_K=BLOCK_K,
                 BLOCK_TILES=BLOCK_TILES, num_warps=NUM_WARPS,
             )  # fmt: skip
-        _finish_kernel[(1,)](
+        launch(_finish_kernel, (1,))(
             partials, divisor, loss, stats,
             G,
             number,

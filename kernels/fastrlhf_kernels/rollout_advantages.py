@@ -50,7 +50,7 @@ from ._library import register
 from ._losses import SUM_TILE, n_tiles
 from ._moments import tile_moments
 from ._native import pointer
-from ._triton import AotConfig, jit, on_device, tl
+from ._triton import AotConfig, jit, launch, on_device, tl
 from .gae import BLOCK_T, NUM_WARPS, gae_ref, rows, scan_tile
 from .kl_penalty import ESTIMATORS, K3_MAX_EXPONENT, _estimate, kl_penalty_ref
 from .shape_rewards import shape_rewards_ref
@@ -230,7 +230,7 @@ def _rollout_triton(
     m, mask_stride = rows(mask, torch.uint8)
     parts = advantages.new_empty((B, 3), dtype=torch.float64) if whiten else None
     with on_device(logprobs):
-        _rollout_kernel[(B,)](
+        launch(_rollout_kernel, (B,))(
             x, y, v, scores.contiguous(), m,
             advantages, returns, rewards, kl, parts,
             T,

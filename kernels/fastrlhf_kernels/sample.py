@@ -59,7 +59,7 @@ from ._checks import (
 from ._library import register
 from ._native import pointer, with_unit_stride
 from ._sample_kernel import AOT_CONFIGS as AOT_CONFIGS
-from ._sample_kernel import SAMPLE_TILE, launch
+from ._sample_kernel import SAMPLE_TILE, launch_sample
 from .logprobs_from_logits import logprobs_from_logits_ref
 
 
@@ -247,7 +247,7 @@ def _sample_triton(
             settings, (torch.float32, torch.int64, torch.float32, torch.float32), strict=True
         )
     )
-    launch(
+    launch_sample(
         x, _dense(seeds, torch.int64), _dense(positions, torch.int64), (t, k, p, q),
         tokens, logprobs, sampled,
         (temperature, min(top_k, V), top_p, min_p),

@@ -34,7 +34,7 @@ from ._checks import (
 )
 from ._library import register, register_backward
 from ._native import pointer
-from ._triton import AotConfig, jit, on_device, tl
+from ._triton import AotConfig, jit, launch, on_device, tl
 
 BLOCK_T = 1024  # not tuned; bench/bench_shape_rewards.py on a GPU would
 
@@ -154,7 +154,7 @@ def _shape_rewards_triton(
     x = _native.with_unit_stride(kl)
     valid = _native.with_unit_stride(mask).view(torch.uint8)
     with on_device(kl):
-        _shape_rewards_kernel[(B,)](
+        launch(_shape_rewards_kernel, (B,))(
             scores.contiguous(), x, valid, rewards,
             T,
             x.stride(0), valid.stride(0),
@@ -191,7 +191,7 @@ def _backward_triton(
         return d_scores.zero_(), d_kl
     valid = _native.with_unit_stride(mask).view(torch.uint8)
     with on_device(grad):
-        _shape_rewards_backward_kernel[(B,)](
+        launch(_shape_rewards_backward_kernel, (B,))(
             grad.contiguous(), scores.contiguous(), valid, d_scores, d_kl,
             T,
             valid.stride(0),

@@ -50,7 +50,7 @@ from ._losses import (
 )
 from ._moments import merge_moments, moments_ref, tile_moments
 from ._native import dense, pointer
-from ._triton import jit, on_device, tl
+from ._triton import aligned, jit, launch, on_device, tl
 
 STATS = ("clip_fraction", "explained_variance")
 
@@ -199,9 +199,10 @@ def _value_loss_triton(
     partials = loss.new_empty((tiles, FIELDS), dtype=torch.float64) if tiles > 1 else None
     divisor, number, by = _losses.triton_normalizer(normalizer, normalizer_number, loss.device)
     with on_device(loss):
-        _value_loss_kernel[(tiles,)](
-            values.contiguous(), old_values.contiguous(), returns.contiguous(),
-            None if mask is None else mask.contiguous().view(torch.uint8), divisor,
+        launch(_value_loss_kernel, (tiles,))(
+            aligned(values.contiguous()), aligned(old_values.contiguous()),
+            aligned(returns.contiguous()),
+            None if mask is None else aligned(mask.contiguous().view(torch.uint8)), divisor,
             loss, stats, gradient if with_gradient else None, partials,
             N,
             clip or 0.0, number,
@@ -209,7 +210,7 @@ def _value_loss_triton(
             NORMALIZER=by, ONE_TILE=tiles == 1, FIELDS=FIELDS, BLOCK_N=BLOCK_N,
         )  # fmt: skip
         if partials is not None:
-            _finish_kernel[(1,)](
+            launch(_finish_kernel, (1,))(
                 partials, divisor, loss, stats,
                 tiles,
                 number,

@@ -29,7 +29,7 @@ from ._library import register
 from ._losses import BLOCK_N, BLOCK_TILES, SUM_TILE, n_tiles
 from ._moments import merge_moments, merge_ref, moments_ref, tile_moments
 from ._native import pointer
-from ._triton import AotConfig, jit, on_device, tl
+from ._triton import AotConfig, aligned, jit, launch, on_device, tl
 
 
 def whiten_ref(
@@ -166,21 +166,22 @@ def _moments_triton(x: Tensor, mask: Tensor | None) -> Tensor:
     N = x.numel()
     partials = x.new_empty((n_tiles(N, BLOCK_N), 3), dtype=torch.float64)
     with on_device(x):
-        _moments_kernel[(partials.shape[0],)](
+        launch(_moments_kernel, (partials.shape[0],))(
             x, mask, partials, N, HAS_MASK=mask is not None, BLOCK_N=BLOCK_N
         )
     return partials
 
 
 def _dense_triton(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return x.contiguous(), None if mask is None else mask.contiguous().view(torch.uint8)
+    valid = None if mask is None else aligned(mask.contiguous().view(torch.uint8))
+    return aligned(x.contiguous()), valid
 
 
 def _merged_triton(parts: Tensor) -> Tensor:
     """(3,): the moments of (P, 3) parts together."""
     moments = parts.new_empty(3)
     with on_device(parts):
-        _merge_kernel[(1,)](parts, moments, parts.numel() // 3, BLOCK_TILES=BLOCK_TILES)
+        launch(_merge_kernel, (1,))(parts, moments, parts.numel() // 3, BLOCK_TILES=BLOCK_TILES)
     return moments
 
 
@@ -208,7 +209,7 @@ def apply_triton(
     if parts is not None and parts.numel() > 3 * BLOCK_TILES:
         parts = _merged_triton(parts)  # or each of many programs would read many parts
     with on_device(x):
-        _whiten_kernel[(tiles,)](
+        launch(_whiten_kernel, (tiles,))(
             x, mask, parts, out,
             N, 0 if parts is None else parts.numel() // 3,
             eps,
