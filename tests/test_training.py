@@ -39,6 +39,7 @@ from fastrlhf.training import (
     accumulate,
     make_optimizer,
     matmul_parameters,
+    repeatable,
     replace_folder,
     saved_checkpoints,
     session,
@@ -311,6 +312,27 @@ def test_checkpoints_are_due_as_asked_and_at_the_end(tmp_path: Path) -> None:
         assert [n for n in range(1, 11) if s.due(n, 10)] == [4, 8, 10]
     with session(config(tmp_path / "b"), "test") as s:
         assert [n for n in range(1, 11) if s.due(n, 10)] == [10]
+
+
+def test_a_gpu_repeats_its_bits_in_a_session_alone(tmp_path: Path) -> None:
+    def modes() -> tuple[bool, bool, bool]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before, strict = modes(), (True, False, False)
+    assert not before[0]
+    for deterministic in (True, False):
+        changed = config(tmp_path / str(deterministic), deterministic=deterministic)
+        with session(changed, "test") as s:
+            assert modes() == (strict if deterministic and s.device.type == "cuda" else before)
+        assert modes() == before
+    with repeatable(torch.device("cuda")):  # which needs none
+        assert modes() == strict
+    assert modes() == before
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def test_stages_of_one_process_may_differ_in_precision(tmp_path: Path) -> None:
