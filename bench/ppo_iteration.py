@@ -111,6 +111,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="episodes an iteration")
     parser.add_argument("--iterations", type=int, default=3, help="timed, after the first")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument(
+        "--deterministic", action=argparse.BooleanOptionalAction, default=True,
+        help="algorithms that repeat their bits, on a GPU",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -131,6 +135,7 @@ def main() -> None:
             minibatch_size=options.batch,
             max_response=options.new_tokens,
             precision=options.precision,
+            deterministic=options.deterministic,
             save_every=0,
             samples=0,
             tensorboard=False,

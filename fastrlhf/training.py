@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +98,8 @@ class StageConfig:
     """Write TensorBoard events beside metrics.jsonl."""
     wandb: bool = False
     """Report to Weights & Biases too (needs wandb)."""
+    deterministic: bool = True
+    """On a GPU, only algorithms that repeat their bits; what has none raises a RuntimeError."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "seed", f"must lie in [0, 2**31), got {self.seed}")
@@ -125,7 +127,10 @@ class Session:
     """One run of one stage: device, log, checkpoints.
 
     Use: make it, build models and optimisers, ``prepare`` them, ``restore()``, train,
-    ``save_model()``.
+    ``save_model()``, ``close()``.
+
+    On a GPU torch repeats its bits from the start of a session to its end, for the whole process
+    (see ``repeatable``), unless the config's ``deterministic`` is off.
     """
 
     def __init__(self, config: StageConfig, stage: str) -> None:
@@ -149,6 +154,9 @@ class Session:
         # The rank shifts the seed of dropout, not of the weights: DDP broadcasts those.
         set_seed(config.seed, device_specific=self.accelerator.num_processes > 1)
         self.log: RunLog | None = None
+        self._modes = ExitStack()
+        if config.deterministic:
+            self._modes.enter_context(repeatable(self.device))
 
     @property
     def is_main(self) -> bool:
@@ -293,7 +301,8 @@ class Session:
         return max(total, 1.0) / self.accelerator.num_processes
 
     def close(self) -> None:
-        """Close the log and free what Accelerate holds."""
+        """Close the log, free what Accelerate holds, and leave torch as it was."""
+        self._modes.close()
         if self.log is not None:
             self.log.close()
         self.accelerator.free_memory()
@@ -309,6 +318,31 @@ def session(config: StageConfig, stage: str) -> Iterator[Session]:
         yield opened
     finally:
         opened.close()
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Torch's kernels on a GPU give the same bits run after run, in the whole process.
+
+    Left to themselves some add as their threads arrive: the backward passes of attention and of
+    gather. Not merely warned of: with ``warn_only`` attention would stay as it is. New memory is
+    left unfilled, since no result here depends on it. What it costs on a GPU is not yet measured.
+    On a CPU the trainer's operations repeat as they are, and nothing is changed.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # whose attributes are made at run time
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        memory.fill_uninitialized_memory = filled
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

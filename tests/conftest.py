@@ -2,8 +2,8 @@
 
 A test module of an op says `OP = "<op>"`; its tests that take `backend` then run once on every
 backend that the op has: ref, cpu with each instruction set, triton (interpreted without a GPU),
-cuda. `@pytest.mark.not_on(what, why)` names a backend, or "interpreted", of which the test says
-nothing.
+cuda. `@pytest.mark.not_on(what, why)` names a backend, "ref on a GPU" or "interpreted", of which
+the test says nothing.
 """
 
 from __future__ import annotations
@@ -32,14 +32,23 @@ settings.register_profile("explore", max_examples=500, **_COMMON)
 settings.load_profile("fixed")
 
 
+def _called(backend: Backend) -> set[str]:
+    """The names under which `not_on` knows a backend."""
+    names = {backend.name}
+    if backend.interpreted:
+        names.add("interpreted")
+    if backend.name == "ref" and backend.device == "cuda":
+        names.add("ref on a GPU")
+    return names
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
         without = {mark.args[0] for mark in metafunc.definition.iter_markers("not_on")}
         params = [
             param
             for param in backends_for(metafunc.module.OP)
-            if param.values[0].name not in without
-            and not (param.values[0].interpreted and "interpreted" in without)
+            if not _called(param.values[0]) & without
         ]
         metafunc.parametrize("backend", params, indirect=True)
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastrlhf_kernels import _native, _triton, available_backends
+from fastrlhf_kernels import _linear, _native, _triton, available_backends
 
 # Units in the last place, of the oracle's value, allowed on top of twice the reference's error.
 ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 0.51, torch.bfloat16: 0.51}
@@ -78,6 +78,25 @@ def instruction_set(isa: str | None) -> Iterator[None]:
         yield
     finally:
         _native.cpu.set_isa(before)
+
+
+def reference_of_head(
+    reference: Callable[..., Any], backend: Backend, hidden: Tensor, weight: Tensor
+) -> Callable[..., Any]:
+    """The plain PyTorch result that an op of the output head is measured against.
+
+    The references multiply in fp32. On a CPU with AMX a product of bf16 operands is rounded to
+    bf16, by the ops as by torch: there it is torch's own product that the reference goes on from.
+    """
+    halves = hidden.dtype == weight.dtype == torch.bfloat16
+    if not (backend.name == "cpu" and _linear.CPU_BF16 and halves):
+        return reference
+
+    def of_rounded_product(hidden: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Any:
+        logits = hidden @ weight.T
+        return reference(logits, torch.eye(logits.shape[-1]), *args, **settings)  # exact from here
+
+    return of_rounded_product
 
 
 class Comparisons:

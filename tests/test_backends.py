@@ -111,9 +111,10 @@ def test_environment_is_read_at_import() -> None:
 
 
 def test_context_reaches_compiled_code() -> None:
-    x = torch.randn(2, 5)
+    plain = torch.randn(2, 5)
     compiled = torch.compile(lambda x: gae(x, x)[0], fullgraph=True, backend="aot_eager")
     for name in available_backends():
+        x = plain.cuda() if name != "cpu" and torch.cuda.is_available() else plain
         with use_backend(name):
             assert torch.equal(compiled(x), gae(x, x)[0])
 

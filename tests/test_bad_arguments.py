@@ -163,8 +163,9 @@ def test_backends(op: str) -> None:
 def test_a_tensor_argument_of_fp64_is_refused_where_it_is_not_computed(op: str) -> None:
     if "triton" not in fastrlhf_kernels.available_backends():
         pytest.skip("no Triton here")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(ValueError, match=rf"^{op}: backend 'triton' does not compute in fp64"):
-        call_of(op, torch.float64)("triton")
+        call_of(op, torch.float64, device)("triton")
 
 
 def test_use_backend() -> None:

@@ -111,10 +111,14 @@ def run(out: Path, **options: Any) -> dict[str, Interval]:
     return {name: Interval(**v) for name, v in json.loads(path.read_text()).items()}
 
 
+# What is compared to single bits' worth is computed where the command computes it.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def sampled_scores(model: Path, judge: Path, prompts: list[list[int]], seed: int) -> np.ndarray:
     tokenizer = load_tokenizer(model)
     drawn = generate(
-        load_language_model(model),
+        load_language_model(model).to(DEVICE),
         [p for p in prompts for _ in range(2)],
         max_new_tokens=9,
         eos_token_id=tokenizer.eos_token_id,
@@ -127,7 +131,7 @@ def sampled_scores(model: Path, judge: Path, prompts: list[list[int]], seed: int
             zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         )
     ]
-    scores = reward_scores(load_scalar_model(judge), whole, tokenizer.pad_token_id)
+    scores = reward_scores(load_scalar_model(judge).to(DEVICE), whole, tokenizer.pad_token_id)
     return scores.double().numpy().reshape(-1, 2)
 
 
@@ -164,7 +168,7 @@ def test_accuracy_is_taken_on_held_out_prompts(data: Path, judge: Path, tmp_path
     items = read_comparisons(path)
     _, held = recipe.apply(items, tokenizer, path, 99)
     assert 0 < len(held) < len(items)
-    model = load_scalar_model(judge)
+    model = load_scalar_model(judge).to(DEVICE)
     for config, chosen in ((recipe, held), (Recipe(), items)):
         found = run(
             tmp_path, data=data, reward_model=judge, comparisons=Path(path.name), recipe=config,
@@ -181,7 +185,7 @@ def test_text_loss_of_model_and_baseline(
     documents = Path("pretrain_heldout.jsonl")
     found = run(tmp_path, data=data, model=start, baseline=base, documents=documents)
     for name, path in (("model", start), ("baseline", base)):
-        model, tokenizer = load_language_model(path), load_tokenizer(path)
+        model, tokenizer = load_language_model(path).to(DEVICE), load_tokenizer(path)
         examples = document_examples(tokenizer, read_documents(data / documents), model.context)
         value = found[f"{name}: loss a token of text (nats)"]
         assert value.mean == pytest.approx(mean_loss(model, examples, tokenizer.pad_token_id))

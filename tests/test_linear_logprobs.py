@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_checks import assert_second_derivative_raises
-from oracle import Backend, assert_accurate, assert_same_bits
+from oracle import Backend, assert_accurate, assert_same_bits, reference_of_head
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -57,9 +57,13 @@ def op(backend: str):
     return call
 
 
-def reference(leaves: list[Tensor | None], labels: Tensor, **settings) -> tuple[Tensor, Tensor]:
-    hidden, weight, bias = leaves
-    return linear_logprobs_ref(hidden, weight, labels, bias=bias, return_entropy=True, **settings)
+def reference(backend: Backend):
+    def call(leaves: list[Tensor | None], labels: Tensor, **settings) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias = leaves
+        function = reference_of_head(linear_logprobs_ref, backend, hidden, weight)
+        return function(hidden, weight, labels, bias=bias, return_entropy=True, **settings)
+
+    return call
 
 
 def check(
@@ -68,7 +72,8 @@ def check(
     actual = run(op(backend.name), tensors, labels, **settings)
     wide = tuple(None if x is None else x.double() for x in tensors)
     expected = run(lambda leaves, y, **s: oracle(*leaves, y, **s), wide, labels, **settings)
-    for a, r, o in zip(actual, run(reference, tensors, labels, **settings), expected, strict=True):
+    own = run(reference(backend), tensors, labels, **settings)
+    for a, r, o in zip(actual, own, expected, strict=True):
         assert_accurate(a, r, o, interpreted=backend.interpreted)
     return actual
 

@@ -214,6 +214,7 @@ def test_nothing_valid(backend: Backend, normalizer) -> None:
     assert torch.equal(leaf.grad, torch.zeros_like(new))
 
 
+@pytest.mark.not_on("ref on a GPU", "torch sums there in an order that goes by the layout")
 def test_layouts(backend: Backend) -> None:
     new, old, advantages, mask = case(backend, (4, 33))
     op = partial(policy_loss, backend=backend.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def sharpened(folder: Path, factor: float) -> LanguageModel:
 def experience(
     data: Path, start: Path, judge: Path, out: Path, beta: float, **settings: Any
 ) -> tuple[Rollout, Actors]:
-    """A real rollout of 8 prompts, the policy being another than the reference."""
+    """A real rollout of 8 prompts, the policy being another than the reference; on the CPU."""
     tokenizer = load_tokenizer(start)
     prompts = prompt_ids(tokenizer, read_prompts(data / "prompts_ppo.jsonl"))[:8]
     actors = Actors(
@@ -64,24 +65,39 @@ def experience(
         actors.policy.head.weight[tokenizer.eos_token_id] += 0.4
         actors.value.head.weight.mul_(1.5)
     with session(ppo_config(data, start, judge, out), "ppo") as s:
+        place(actors, s.device)
         rollout = collect(
             s, actors, RolloutSettings(**(SETTINGS | settings)), prompts, range(8), beta
         )
-    return rollout, actors
+    return on_cpu(rollout), actors
+
+
+def place(actors: Actors, device: torch.device) -> None:
+    """The models to where a run of PPO has them."""
+    for model in (actors.policy, actors.value, actors.reference, actors.reward):
+        model.to(device)
+
+
+def on_cpu(rollout: Rollout) -> Rollout:
+    values = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    return replace(rollout, **{k: v.cpu() for k, v in values.items() if isinstance(v, Tensor)})
+
+
+def ids_of(model: LanguageModel | ScalarModel, example: Example) -> Tensor:
+    return torch.tensor([example.tokens], device=next(model.parameters()).device)
 
 
 def plain_logprobs(model: LanguageModel, example: Example, temperature: float) -> Tensor:
     """Log-probs of the response's tokens by transformers' own forward pass, one sequence alone."""
-    ids = torch.tensor([example.tokens])
+    ids = ids_of(model, example)
     logits = model.model(input_ids=ids).logits[0, example.start - 1 : -1] / temperature
-    return torch.log_softmax(logits, -1).gather(1, ids[0, example.start :, None])[:, 0]
+    return torch.log_softmax(logits, -1).gather(1, ids[0, example.start :, None])[:, 0].cpu()
 
 
 def plain_values(model: ScalarModel, example: Example) -> Tensor:
     """Values of the states before each token of the response."""
-    return model.model(input_ids=torch.tensor([example.tokens])).logits[0, :, 0][
-        example.start - 1 : -1
-    ]
+    values = model.model(input_ids=ids_of(model, example)).logits[0, :, 0]
+    return values[example.start - 1 : -1].cpu()
 
 
 def plain_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
@@ -156,11 +172,11 @@ def test_experience_equals_a_plain_recomputation(
 
 
 def plain_last(model: ScalarModel, example: Example) -> Tensor:
-    return model.model(input_ids=torch.tensor([example.tokens])).logits[0, -1, 0]
+    return model.model(input_ids=ids_of(model, example)).logits[0, -1, 0].cpu()
 
 
 def close(found: Tensor, wanted: Tensor, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(found.cpu(), wanted, atol=atol, rtol=1e-4)
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-4)
 
 
 def test_the_first_step_is_the_objectives_gradient(
@@ -184,8 +200,11 @@ def test_the_first_step_is_the_objectives_gradient(
         pad_id=tokenizer.pad_token_id,
     )
     with session(ppo_config(data, start, judge, tmp_path / "by-hand"), "ppo") as s:
-        rollout = collect(
-            s, actors, RolloutSettings(**SETTINGS), [prompts[i] for i in chosen], range(8), 0.02
+        place(actors, s.device)
+        rollout = on_cpu(
+            collect(
+                s, actors, RolloutSettings(**SETTINGS), [prompts[i] for i in chosen], range(8), 0.02
+            )
         )
     loss, value_loss = torch.zeros(()), torch.zeros(())
     for index, episode in enumerate(rollout.episodes):
@@ -199,9 +218,9 @@ def test_the_first_step_is_the_objectives_gradient(
     tokens = sum(e.targets for e in rollout.episodes)
     documents = document_examples(tokenizer, read_documents(data / "pretrain.jsonl"), 48)
     texts = [documents[i] for i in cyclic_indices(len(documents), 8, 0, 1)]
-    ids, labels = collate(texts, tokenizer.pad_token_id)
+    ids, labels = collate(texts, tokenizer.pad_token_id, s.device)
     mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(e.tokens)] for e in texts])).long()
-    ptx = policy.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    ptx = policy.model(input_ids=ids, attention_mask=mask.to(s.device), labels=labels).loss.cpu()
     norms = {}
     for coef in (0.0, 0.7):
         whole = loss / tokens + coef * ptx

@@ -20,7 +20,7 @@ from op_checks import (
 from oracle import Backend, assert_accurate, assert_same_bits
 from torch import Tensor
 
-from fastrlhf_kernels import _native, available_backends, ranking_loss
+from fastrlhf_kernels import _env, _native, available_backends, ranking_loss
 from fastrlhf_kernels.ranking_loss import ranking_loss_ref
 
 OP = "ranking_loss"
@@ -246,6 +246,7 @@ def test_scores_far_apart(backend: Backend) -> None:
         assert_same_bits(x, y)
 
 
+@pytest.mark.not_on("ref on a GPU", "torch divides there by a number by way of its inverse")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
 def test_the_normalizers_dtype_is_not_the_losss(backend: Backend, dtype: torch.dtype) -> None:
     args = case(backend, [4, 1, 7])
@@ -371,7 +372,28 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[], [2], [2, 2], [4, -1], [2**62, 2**62, 2**62, 2**62, 3]])
-def test_sizes_must_add_up(backend: Backend, sizes: list[int]) -> None:
-    scores, ranks, _ = case(Backend("ref", "cpu"), [3])
+def test_sizes_must_add_up(
+    backend: Backend, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU always, on a GPU in debug mode."""
+    monkeypatch.setattr(_env, "DEBUG", backend.device == "cuda")
+    scores, ranks, _ = case(backend, [3])
+    group_sizes = torch.tensor(sizes, dtype=torch.int64, device=backend.device)
     with pytest.raises(ValueError, match="group_sizes must be at least 0 and add up"):
-        ranking_loss(scores, ranks, torch.tensor(sizes, dtype=torch.int64), backend=backend.name)
+        ranking_loss(scores, ranks, group_sizes, backend=backend.name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="values are always checked on a CPU")
+@pytest.mark.not_on("ref", "torch checks them itself, or not")
+@pytest.mark.not_on("cpu", "it checks them")
+@pytest.mark.parametrize("sizes", [[], [2], [2, 2], [4, -1], [2**62, 2**62, 2**62, 2**62, 3]])
+def test_sizes_that_do_not_fit_reach_nothing_outside(backend: Backend, sizes: list[int]) -> None:
+    """Unchecked on a GPU: the result means nothing, and nothing but the scores is read."""
+    within, ranks, _ = case(backend, [3])
+    scores = torch.full((9,), NAN, device=backend.device)
+    scores[3:6] = within
+    group_sizes = torch.tensor(sizes, dtype=torch.int64, device=backend.device)
+    results = with_gradients(
+        lambda s: ranking_loss(s, ranks, group_sizes, backend=backend.name), scores[3:6]
+    )
+    assert all(bool(x.isfinite().all()) for x in results[:-1])

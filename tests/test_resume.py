@@ -1,12 +1,11 @@
 """Killed at any moment and resumed, a run ends with the same bits as one that nothing stopped.
 
-The fast tests fork a process that kills itself (SIGKILL) at a chosen point of a stage. The slow
+The fast tests start a process that kills itself (SIGKILL) at a chosen point of a stage. The slow
 ones start the command line in a process of its own and kill that from outside.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from killed_runs import RUN, assert_killed
 from trainer_fixtures import (
     assert_same_bits,
     ppo_config,
@@ -29,15 +29,9 @@ from trainer_fixtures import (
 )
 
 from fastrlhf import config as config_file
-from fastrlhf import ppo, pretrain, reward, runlog, sft, training
+from fastrlhf import sft
 
 STAGES = ("pretrain", "sft", "rm", "ppo")
-RUN: dict[str, Callable[[Any], Path]] = {
-    "pretrain": pretrain.run,
-    "sft": sft.run,
-    "rm": reward.run,
-    "ppo": ppo.run,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -83,37 +77,6 @@ def assert_equal_runs(stage: str, found: Path, wanted: Path) -> None:
     assert not left
 
 
-def _die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _run_and_die(stage: str, config: Any, where: str, step: int) -> None:
-    """Run a stage in this (forked) process, which ends without warning at a point of it."""
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    if where == "after a step":
-        plain_log = runlog.RunLog.log
-
-        def log(self: runlog.RunLog, at: int, **values: float) -> None:
-            plain_log(self, at, **values)
-            if at >= step:
-                _die()
-
-        runlog.RunLog.log = log  # type: ignore[method-assign]
-    elif where == "in a checkpoint":
-        plain_save = training.Session.save
-
-        def save(self: training.Session, at: int) -> None:
-            if at >= step:
-                training.os.replace = _die  # type: ignore[assignment]
-            plain_save(self, at)
-
-        training.Session.save = save  # type: ignore[method-assign]
-    else:  # before the model is written, all else being done
-        training.Session.save_model = _die  # type: ignore[assignment]
-    RUN[stage](config)
-
-
 @pytest.mark.parametrize(
     ("where", "step"),
     [("after a step", 2), ("after a step", 7), ("in a checkpoint", 6), ("at the end", 0)],
@@ -132,12 +95,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 ) -> None:
     out = tmp_path / "killed"
     config = stage_config(stage, out, data, base, start, judge)
-    process = multiprocessing.get_context("fork").Process(
-        target=_run_and_die, args=(stage, config, where, step)
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    assert_killed(stage, config, where, step)
     reached = metrics(out)[-1]["step"]
     assert reached == step or where != "after a step"
     assert not (out / "model").exists() or stage == "sft"
@@ -168,13 +126,7 @@ def test_a_run_killed_twice_resumes_too(
     out = tmp_path / "killed"
     config = stage_config("sft", out, data, base, start, judge)
     for number, step in enumerate((4, 7)):
-        process = multiprocessing.get_context("fork").Process(
-            target=_run_and_die,
-            args=("sft", replace(config, resume=number > 0), "after a step", step),
-        )
-        process.start()
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
+        assert_killed("sft", replace(config, resume=number > 0), "after a step", step)
     sft.run(replace(config, resume=True))
     assert_equal_runs("sft", out, whole_runs("sft"))
 

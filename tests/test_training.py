@@ -39,6 +39,7 @@ from fastrlhf.training import (
     accumulate,
     make_optimizer,
     matmul_parameters,
+    repeatable,
     replace_folder,
     saved_checkpoints,
     session,
@@ -117,7 +118,7 @@ def test_a_step_is_adams_with_the_papers_betas(tmp_path: Path) -> None:
         m = v = 0.0
         weight = start
         for number, (gradient, lr) in enumerate([(0.3, 0.1), (-0.7, 0.05)], start=1):
-            model.weight.grad = torch.tensor([[gradient]])
+            model.weight.grad = torch.tensor([[gradient]], device=s.device)
             norm = s.step(number, model, optimizer, lr, 0.0, loss=1.0)
             assert norm == pytest.approx(abs(gradient))
             m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
@@ -176,9 +177,9 @@ def test_clipping_scales_the_gradient_and_reports_its_norm(tmp_path: Path) -> No
         with session(config(tmp_path / str(limit)), "test") as s:
             sgd = torch.optim.SGD(model.parameters(), lr=0.0)
             bare, optimizer = s.prepare(model, sgd)
-            bare.weight.grad = torch.tensor([[3.0, 4.0]])
+            bare.weight.grad = torch.tensor([[3.0, 4.0]], device=s.device)
             assert s.step(1, bare, optimizer, 1.0, limit, loss=1.0) == pytest.approx(5.0)
-            moved[limit] = s.unwrap(bare).weight.detach().clone()
+            moved[limit] = s.unwrap(bare).weight.detach().clone().cpu()
     torch.testing.assert_close(moved[0.0], torch.tensor([[-3.0, -4.0]]))
     torch.testing.assert_close(moved[100.0], moved[0.0])
     torch.testing.assert_close(moved[1.0], torch.tensor([[-0.6, -0.8]]), atol=1e-5, rtol=0)
@@ -311,6 +312,27 @@ def test_checkpoints_are_due_as_asked_and_at_the_end(tmp_path: Path) -> None:
         assert [n for n in range(1, 11) if s.due(n, 10)] == [4, 8, 10]
     with session(config(tmp_path / "b"), "test") as s:
         assert [n for n in range(1, 11) if s.due(n, 10)] == [10]
+
+
+def test_a_gpu_repeats_its_bits_in_a_session_alone(tmp_path: Path) -> None:
+    def modes() -> tuple[bool, bool, bool]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before, strict = modes(), (True, False, False)
+    assert not before[0]
+    for deterministic in (True, False):
+        changed = config(tmp_path / str(deterministic), deterministic=deterministic)
+        with session(changed, "test") as s:
+            assert modes() == (strict if deterministic and s.device.type == "cuda" else before)
+        assert modes() == before
+    with repeatable(torch.device("cuda")):  # which needs none
+        assert modes() == strict
+    assert modes() == before
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def test_stages_of_one_process_may_differ_in_precision(tmp_path: Path) -> None:
