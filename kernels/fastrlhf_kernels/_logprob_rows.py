@@ -35,8 +35,8 @@ from ._triton import AotConfig, exp_nonpositive, jit, launch, log1p, on_device, 
 
 # Not tuned: 16 columns a lane, so that a tile's loads hide behind each other. To be swept on a GPU
 # by bench/bench_logprobs_from_logits.py. It fixes the order of the sums.
-BLOCK_V = 4096
-NUM_WARPS = 8
+BLOCK_V = 2048
+NUM_WARPS = 4
 BACKWARD_BLOCK_V = 2048
 BACKWARD_NUM_WARPS = 8
 
@@ -74,7 +74,7 @@ def load_z(
     if scale is not None:
         z *= scale
     if HAS_CAP:
-        z = cap * tanh(z / cap)
+        z = cap * tanh(z * tl.div_rn(1.0, cap))
     if MASKED:
         z = tl.where(inside, z, float("-inf"))
     return z
@@ -109,7 +109,7 @@ def tile_state(z, t, MOMENT: tl.constexpr, UNIT: tl.constexpr):
     rest = total - 1.0
     if total < 3.0:
         # Few terms beside the maximum: they are summed without it, or their digits would be lost.
-        top = z == m
+        top = u == 0.0
         rest = tl.sum(tl.where(top, 0.0, e), 0) + (tl.sum(tl.where(top, 1.0, 0.0), 0) - 1.0)
     rest = tl.where((m == float("-inf")) & (total == total), 0.0, rest)
     moment = 0.0
@@ -259,7 +259,7 @@ def _backward_kernel(
         # d tanh(a) = 4 e / (1 + e)^2 with e = exp(-2|a|), without cancellation
         e = tl.exp(-2.0 * tl.abs(z / cap))
         slope = slope * 4.0 * e / ((1.0 + e) * (1.0 + e))
-        z = cap * tanh(z / cap)
+        z = cap * tanh(z * tl.div_rn(1.0, cap))
     u = exponent(z, m, temperature, UNIT)
     p = exp_nonpositive(u) * share
     not_p = tl.where(z == m, rest * share, 1.0 - p)
