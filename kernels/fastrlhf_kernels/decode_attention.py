@@ -8,9 +8,9 @@ without a window. Token t lies in page block_tables[b, t // page_size], at offse
 Query head h reads key-value head h // (Hq / Hkv).
 
 Shapes: q (B, Hq, D); k_cache, v_cache (pages, page_size, Hkv, D), any strides but dense along D;
-block_tables (B, P), seq_lens (B,) int32 or int64; sinks (Hq,); out (B, Hq, D). Dtypes: q and the
-caches fp32, bf16, fp16, each its own, or all fp64 (on `ref` and `cpu`); arithmetic is fp32, or fp64
-for fp64; the result is of q's dtype. No gradient: an argument that asks for one is refused while
+block_tables (B, P), seq_lens (B,) int32 or int64; sinks (Hq,); out (B, Hq, D). Dtypes: q, the
+caches and the result have one, fp32, bf16, fp16 or fp64 (`ref` and `cpu`); sinks any of these;
+arithmetic is fp32, or fp64 for fp64. No gradient: an argument that asks for one is refused while
 gradients are recorded.
 
 Promises:
@@ -272,9 +272,10 @@ def _merge_kernel(
 def _tile(D: int, group: int, narrow: bool) -> tuple[int, int, int, int]:
     """BLOCK_D, BLOCK_G, BLOCK_T and warps of the split kernel."""
     block_d = max(16, 1 << (D - 1).bit_length())
-    block_g = min(max(MIN_GROUP, 1 << (group - 1).bit_length()), MAX_GROUP)
     if not narrow:
-        return block_d, MIN_GROUP, 16 if block_d > 64 else 32, 4
+        return block_d, MIN_GROUP, 32 if block_d <= 64 else 16, 4
+    most = MAX_GROUP if block_d <= 128 else MAX_GROUP // 2
+    block_g = min(max(MIN_GROUP, 1 << (group - 1).bit_length()), most)
     return block_d, block_g, 64 if block_d <= 128 else 32, 8 if block_d * block_g > 4096 else 4
 
 
@@ -293,30 +294,29 @@ def _aot_configs() -> list[AotConfig]:
         | dict.fromkeys(("scale", "softcap"), "fp32")
     )
     found = []
-    for name, D, group, q, cache, softcap, window in (
-        ("bf16, D=64", 64, 1, "*bf16", "*bf16", False, False),
-        ("fp16, D=80, window", 80, 8, "*fp16", "*fp16", False, True),
-        ("bf16, D=128", 128, 4, "*bf16", "*bf16", False, False),
-        ("bf16, D=128, group 32, softcap", 128, 32, "*bf16", "*bf16", True, False),
-        ("bf16, D=128, group 71, window", 128, 71, "*bf16", "*bf16", False, True),
-        ("bf16, D=256, softcap, window", 256, 2, "*bf16", "*bf16", True, True),
-        ("bf16, D=256, group 64", 256, 64, "*bf16", "*bf16", False, False),
-        ("bf16, D=16", 16, 5, "*bf16", "*bf16", False, False),
-        ("fp32, D=64", 64, 1, "*fp32", "*fp32", False, False),
-        ("fp32, D=128, window", 128, 8, "*fp32", "*fp32", False, True),
-        ("fp32, D=256, softcap, window", 256, 1, "*fp32", "*fp32", True, True),
-        ("fp32, bf16 caches, D=128", 128, 4, "*fp32", "*bf16", False, False),
+    for name, D, group, dtype, softcap, window in (
+        ("bf16, D=64", 64, 1, "*bf16", False, False),
+        ("fp16, D=80, window", 80, 8, "*fp16", False, True),
+        ("bf16, D=128", 128, 4, "*bf16", False, False),
+        ("bf16, D=128, group 32, softcap", 128, 32, "*bf16", True, False),
+        ("bf16, D=128, group 71, window", 128, 71, "*bf16", False, True),
+        ("bf16, D=256, softcap, window", 256, 2, "*bf16", True, True),
+        ("bf16, D=256, group 64", 256, 64, "*bf16", False, False),
+        ("bf16, D=16", 16, 5, "*bf16", False, False),
+        ("fp32, D=64", 64, 1, "*fp32", False, False),
+        ("fp32, D=128, window", 128, 8, "*fp32", False, True),
+        ("fp32, D=256, softcap, window", 256, 1, "*fp32", True, True),
     ):
-        block_d, block_g, block_t, warps = _tile(D, group, q == cache != "*fp32")
+        block_d, block_g, block_t, warps = _tile(D, group, dtype != "*fp32")
         found.append(
             AotConfig(
                 name,
                 _split_kernel,
-                types | {"q": q, "k_cache": cache, "v_cache": cache},
+                types | dict.fromkeys(("q", "k_cache", "v_cache"), dtype),
                 {
                     "HAS_SOFTCAP": softcap,
                     "HAS_WINDOW": window,
-                    "NARROW": q == cache != "*fp32",
+                    "NARROW": dtype != "*fp32",
                     "D": D,
                     "BLOCK_D": block_d,
                     "BLOCK_G": block_g,
@@ -391,8 +391,7 @@ def _decode_attention_triton(
     sums = torch.empty_like(maxima)
     parts = q.new_empty((B, HQ, splits, D), dtype=torch.float32)
     # Triton's interpreter multiplies the bits of bf16, not the numbers.
-    narrow = q.dtype == k_cache.dtype != torch.float32
-    narrow = narrow and not (_env.INTERPRET and q.dtype == torch.bfloat16)
+    narrow = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and not _env.INTERPRET)
     block_d, block_g, block_t, warps = _tile(D, HQ // HKV, narrow)
     strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
     with on_device(q):
@@ -454,7 +453,7 @@ def _decode_attention_native(
         lengths.data_ptr(), pointer(sinks), pointer(scratch), out.data_ptr(),
         B, HQ, HKV, D, pages, page_size, P, window,
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        scale, softcap, _native.DTYPE_TAGS[q.dtype], _native.DTYPE_TAGS[k_cache.dtype],
+        scale, softcap, _native.DTYPE_TAGS[q.dtype],
     )  # fmt: skip
     return out
 
@@ -491,8 +490,8 @@ def decode_attention(
 
     Args:
         q: (B, Hq, D), 1 <= D <= 256, any strides.
-        k_cache: (pages, page_size, Hkv, D), keys; Hq is a multiple of Hkv.
-        v_cache: (pages, page_size, Hkv, D), values.
+        k_cache: (pages, page_size, Hkv, D), keys, of q's dtype; Hq is a multiple of Hkv.
+        v_cache: (pages, page_size, Hkv, D), values, of q's dtype.
         block_tables: (B, P) int32 or int64, the pages of each sequence in order.
         seq_lens: (B,) int32 or int64, the tokens of each sequence, the query's own among them.
         scale: factor of the scores; default 1 / sqrt(D).
@@ -524,8 +523,8 @@ def decode_attention(
         raise ValueError(f"{op}: q must have a multiple of k_cache's {HKV} heads, got {HQ}")
     if k_cache.shape[1] == 0:
         raise ValueError(f"{op}: k_cache must have page_size >= 1, got {tuple(k_cache.shape)}")
-    if (q.dtype == torch.float64) != (k_cache.dtype == torch.float64):
-        raise ValueError(f"{op}: q and k_cache must both be fp64, or neither")
+    if q.dtype != k_cache.dtype:
+        raise ValueError(f"{op}: k_cache must be {q.dtype} like q, got {k_cache.dtype}")
     check_integer(op, "block_tables", block_tables)
     check_dims(op, "block_tables", block_tables, 2, "(B, P)")
     check_shape(op, "block_tables", block_tables, (B, block_tables.shape[1]))
