@@ -265,7 +265,7 @@ def _merge_kernel(
         total = total * shrink + tl.sum(weight * split_total, 0)
         merged = merged * shrink + tl.sum(weight[:, None] * split_part, 0)
         m = new_m
-    result = tl.where(seq_len > 0, merged / total, 0.0)
+    result = merged / tl.where(seq_len > 0, total, 1.0)  # of no tokens: 0
     tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=is_d)
 
 
