@@ -214,7 +214,7 @@ def scores_of_1000(op: Op, device: str) -> None:
     assert bool(op(*args).isfinite().all())
 
 
-@trap("decode_attention", naive_even_splits)
+@trap("decode_attention", naive_even_splits, not_on=("ref",))  # torch's products promise it not
 def splits_do_not_depend_on_the_batch(op: Op, device: str) -> None:
     args = _sequences(device, 0.0, (700, 650, 999, 1000))
     together = op(*args)

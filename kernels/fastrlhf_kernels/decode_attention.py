@@ -357,14 +357,14 @@ def _check_tables(
     op = "decode_attention"
     pages, page_size = k_cache.shape[:2]
     longest = block_tables.shape[1] * page_size
-    check_values(op, "seq_lens", (seq_lens >= 0) & (seq_lens <= longest), f"in [0, {longest}]")
+    check_values(op, "seq_lens", (seq_lens >= 0) & (seq_lens <= longest), f"in [0, P * page_size = {longest}]")
     last = (seq_lens[:, None] + page_size - 1) // max(page_size, 1)
     p = torch.arange(block_tables.shape[1], device=block_tables.device)
     used = p < last
     if window is not None:
         used &= (p + 1) * page_size > seq_lens[:, None] - window
     there = (block_tables >= 0) & (block_tables < pages)
-    check_values(op, "block_tables", there | ~used, f"in [0, {pages}) up to seq_lens")
+    check_values(op, "block_tables", there | ~used, f"in [0, pages = {pages}) up to seq_lens")
 
 
 def _decode_attention_triton(
@@ -451,7 +451,7 @@ def _decode_attention_native(
         "decode_attention", q,
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), tables.data_ptr(),
         lengths.data_ptr(), pointer(sinks), pointer(scratch), out.data_ptr(),
-        B, HQ, HKV, D, pages, page_size, P, window,
+        B, HQ, HKV, D, pages, page_size, P, window, CPU_SPLIT,
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         scale, softcap, _native.DTYPE_TAGS[q.dtype],
     )  # fmt: skip
