@@ -406,15 +406,18 @@ FASTRLHF_KERNEL(decode_attention)(const void* q, const void* k_cache, const void
                     static_cast<A>(scale), static_cast<A>(softcap)};
     const int64_t size = static_cast<int64_t>(sizeof(T));
     const int64_t bytes = 2 * size * D * (total / max_of<int64_t>(B, 1)) + 1;  // of a head
-    const auto empty = [&](int64_t b) {
+    // Whether the sequence is empty; these query heads of it are then zeros.
+    const auto empty = [&](int64_t b, int64_t head, int64_t heads) {
       if (lengths[b] > 0) return false;
-      __builtin_memset(c.out + b * HQ * D, 0, static_cast<uint64_t>(HQ * D * size));
+      T* rows = c.out + (b * HQ + head) * D;
+      __builtin_memset(rows, 0, static_cast<uint64_t>(heads * D * size));
       return true;
     };
+    const int64_t group = HQ / HKV;
     if (scratch == nullptr) {
       parallel_for(B * HKV, GRAIN_BYTES / bytes + 1, nthreads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          if (!empty(i / HKV)) whole_head(c, i / HKV, i % HKV);
+          if (!empty(i / HKV, i % HKV * group, group)) whole_head(c, i / HKV, i % HKV);
         }
       });
       return nullptr;
@@ -431,7 +434,7 @@ FASTRLHF_KERNEL(decode_attention)(const void* q, const void* k_cache, const void
     const int64_t row = GRAIN_BYTES / (4 * (D + 2) * max_of<int64_t>(splits, 1)) + 1;
     parallel_for(B * HQ, row, nthreads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if (!empty(i / HQ)) merge_splits(c, i / HQ, i % HQ);
+        if (!empty(i / HQ, i % HQ, 1)) merge_splits(c, i / HQ, i % HQ);
       }
     });
     return nullptr;
