@@ -15,9 +15,9 @@ from torch import Tensor
 from fastrlhf_kernels import append_kv, available_backends
 from fastrlhf_kernels.append_kv import _append_kv_native
 
-SHAPES = (
-    [(64, 8, 128), (8192, 8, 128)] if DEVICE == "cuda" else [(8, 12, 64), (64, 4, 64), (4096, 4, 64)]
-)
+SHAPES = [(8, 12, 64), (64, 4, 64), (4096, 4, 64)]
+if DEVICE == "cuda":
+    SHAPES = [(64, 8, 128), (8192, 8, 128)]
 PAGE_SIZE = 16
 
 

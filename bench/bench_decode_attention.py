@@ -22,11 +22,19 @@ from fastrlhf_kernels.decode_attention import _decode_attention_native, decode_a
 
 PAGE_SIZE = 16
 # B, Hq, Hkv, D, T: a small GPT-2, Llama-like models, one long sequence.
-SHAPES = (
-    [(64, 12, 12, 64, 1024), (64, 32, 8, 128, 4096), (256, 32, 8, 128, 1024), (1, 32, 8, 128, 32768)]
-    if DEVICE == "cuda"
-    else [(32, 12, 12, 64, 512), (8, 16, 4, 64, 1024), (4, 32, 8, 128, 2048), (1, 16, 2, 128, 8192)]
-)
+SHAPES = [
+    (32, 12, 12, 64, 512),
+    (8, 16, 4, 64, 1024),
+    (4, 32, 8, 128, 2048),
+    (1, 16, 2, 128, 8192),
+]
+if DEVICE == "cuda":
+    SHAPES = [
+        (64, 12, 12, 64, 1024),
+        (64, 32, 8, 128, 4096),
+        (256, 32, 8, 128, 1024),
+        (1, 32, 8, 128, 32768),
+    ]
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
