@@ -1,7 +1,7 @@
 """Attention of one new token a sequence over a paged cache of keys and values.
 
     s_t = scale * q . k_t,   then softcap * tanh(s_t / softcap)          (softcap given)
-    out = sum_t exp(s_t) v_t / (sum_t exp(s_t) + exp(sink))              (no exp(sink) without sinks)
+    out = sum_t exp(s_t) v_t / (sum_t exp(s_t) + exp(sink))              (sinks given, else no sink)
 
 over the tokens t of the sequence, first <= t < seq_len, where first is seq_len - window, or 0
 without a window. Token t lies in page block_tables[b, t // page_size], at offset t % page_size.
@@ -358,12 +358,7 @@ def _check_tables(
     pages, page_size = k_cache.shape[:2]
     longest = block_tables.shape[1] * page_size
     fits = (seq_lens >= 0) & (seq_lens <= longest)
-    check_values(
-        op,
-        "seq_lens",
-        (seq_lens >= 0) & (seq_lens <= longest),
-        f"in [0, P * page_size = {longest}]",
-    )
+    check_values(op, "seq_lens", fits, f"in [0, P * page_size = {longest}]")
     last = (seq_lens[:, None] + page_size - 1) // max(page_size, 1)
     p = torch.arange(block_tables.shape[1], device=block_tables.device)
     used = p < last
