@@ -27,6 +27,7 @@ from fastrlhf_kernels import (
     _linear_losses,
     _logprob_rows,
     _losses,
+    decode_attention,
     gae,
     kl_divergence,
     linear_cross_entropy,
@@ -75,8 +76,8 @@ def copy(tiny: bool) -> Iterator[tuple[str, Sweep]]:
 def rows(tiny: bool) -> Iterator[tuple[str, Sweep]]:
     """logprobs_from_logits, each pass alone."""
     blocks = {
-        (_logprob_rows, "BLOCK_V"): (4096,) if tiny else (2048, 4096, 8192),
-        (_logprob_rows, "NUM_WARPS"): (8,) if tiny else (4, 8, 16),
+        (_logprob_rows, "BLOCK_V"): (4096,) if tiny else (2048, 4096),
+        (_logprob_rows, "NUM_WARPS"): (8,) if tiny else (2, 4, 8),
     }
     backward_blocks = {
         (_logprob_rows, "BACKWARD_BLOCK_V"): (2048,) if tiny else (1024, 2048, 4096),
@@ -164,13 +165,33 @@ def heads(tiny: bool) -> Iterator[tuple[str, Sweep]]:
     chunks = {
         (_linear_losses, "CHUNK_ELEMENTS"): (chunk,)
         if tiny
-        else [chunk | {"cuda": 2**power} for power in (25, 27, 28, 29)]
+        else [chunk | {"cuda": 2**power} for power in (27, 28, 29)]
     }
     yield "linear_cross_entropy", Sweep(three, 3 * flops, "TFLOP", chunks)
 
 
+def decode(tiny: bool) -> Iterator[tuple[str, Sweep]]:
+    """decode_attention, a cache of bf16; bytes: the keys and values of all tokens."""
+    B, HQ, HKV, D, T = (2, 4, 2, 16, 100) if tiny else (64, 32, 8, 128, 4096)
+    page_size = 16
+    pages = -(-T // page_size)
+    cache = [
+        torch.randn(B * pages, page_size, HKV, D, device=DEVICE).to(torch.bfloat16)
+        for _ in range(2)
+    ]
+    tables = torch.randperm(B * pages, device=DEVICE).view(B, pages).to(torch.int32)
+    lengths = torch.full((B,), T, dtype=torch.int32, device=DEVICE)
+    q = torch.randn(B, HQ, D, device=DEVICE).to(torch.bfloat16)
+    splits = {
+        (module("decode_attention"), "SPLIT"): (128,) if tiny else (128, 256, 512),
+    }
+    call = lambda: decode_attention(q, *cache, tables, lengths)  # noqa: E731
+    moved = 2.0 * cache[0].nbytes
+    yield f"{B} x {T} tokens, {HQ} heads on {HKV}, D {D}", Sweep(call, moved, "GB", splits)
+
+
 SWEEPS = {
-    "copy": copy, "rows": rows, "heads": heads, "kl": kl, "scans": scans, "small": small,
+    "copy": copy, "rows": rows, "heads": heads, "kl": kl, "scans": scans, "small": small, "decode": decode,
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 settings.register_profile("fixed", max_examples=30, derandomize=True, **_COMMON)
+settings.register_profile("few", max_examples=3, derandomize=True, **_COMMON)  # under a sanitizer
 settings.register_profile("explore", max_examples=500, **_COMMON)
 settings.load_profile("fixed")
 

@@ -37,7 +37,7 @@ from ._logprob_rows import backward_rows, forward_rows
 # Logits held at a time, but for LEAST_ROWS where they take more. On a 2-core EPYC, 2048 x 512 x
 # 50257: chunks of 344 rows took 1.14 times three bare products, of 512 rows (103 MB) 1.08. Not
 # tuned on a GPU.
-CHUNK_ELEMENTS = {"cpu": 25 * 2**20, "cuda": 2**25}
+CHUNK_ELEMENTS = {"cpu": 25 * 2**20, "cuda": 2**27}
 LEAST_ROWS = {"cpu": 256, "cuda": 1024}
 
 # (chunk of rows, its log-probs, its entropies or None) -> upstream gradients of the same.

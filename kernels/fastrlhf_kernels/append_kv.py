@@ -36,7 +36,7 @@ from ._checks import (
 )
 from ._library import register
 from ._native import with_unit_stride
-from ._triton import AotConfig, jit, on_device, tl
+from ._triton import AotConfig, jit, launch, on_device, tl
 
 BLOCK = 1024  # elements of a program's tile; not tuned
 NUM_WARPS = 4
@@ -164,7 +164,7 @@ def _append_kv_triton(
     block_d = 1 << (D - 1).bit_length()
     block_h = min(max(BLOCK // block_d, 1), 1 << (HKV - 1).bit_length())
     with on_device(k):
-        _append_kv_kernel[(N, -(-HKV // block_h))](
+        launch(_append_kv_kernel, (N, -(-HKV // block_h)))(
             k, v, k_cache, v_cache, slots.contiguous(),
             HKV, pages, page_size,
             *strides,

@@ -57,7 +57,7 @@ from ._checks import (
 )
 from ._library import register
 from ._native import pointer, with_unit_stride
-from ._triton import LOG2E, AotConfig, jit, on_device, tanh, tl
+from ._triton import LOG2E, AotConfig, jit, launch, on_device, tanh, tl
 from .append_kv import check_caches
 
 # Tokens of a split on a GPU and on a CPU. Not tuned. They fix the order of summing, so another
@@ -397,7 +397,7 @@ def _decode_attention_triton(
     strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
     with on_device(q):
         if splits > 0 and k_cache.numel() > 0:
-            _split_kernel[(B, splits, HKV * -(-(HQ // HKV) // block_g))](
+            launch(_split_kernel, (B, splits, HKV * -(-(HQ // HKV) // block_g)))(
                 q, k_cache, v_cache, tables, lengths, maxima, sums, parts,
                 HKV, HQ // HKV, pages, page_size, P, splits, window,
                 *q.stride()[:2], tables.stride(0),
@@ -407,7 +407,7 @@ def _decode_attention_triton(
                 D=D, BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_T=block_t, SPLIT=SPLIT,
                 ALIGN=1 if any(s % ALIGN for s in strides) else ALIGN, num_warps=warps,
             )  # fmt: skip
-        _merge_kernel[(B * HQ,)](
+        launch(_merge_kernel, (B * HQ,))(
             maxima, sums, parts, lengths,
             None if sinks is None else sinks.to(torch.float32).contiguous(), out,
             HQ, P * page_size, splits, window,
