@@ -37,8 +37,9 @@ from ._triton import AotConfig, exp_nonpositive, jit, launch, log1p, on_device, 
 # by bench/bench_logprobs_from_logits.py. It fixes the order of the sums.
 BLOCK_V = 2048
 NUM_WARPS = 4
-BACKWARD_BLOCK_V = 2048
-BACKWARD_NUM_WARPS = 8
+BACKWARD_BLOCK_V = 1024
+BACKWARD_TILES = 4  # of a program, one after the other
+BACKWARD_NUM_WARPS = 4
 
 _ANY_VALUE = (
     *("N", "V", "K", "inner", "outer_stride", "inner_stride", "dx_stride", "first", "bias_start"),
@@ -50,34 +51,39 @@ COLUMNS_MULTIPLE = 4096
 
 
 @jit()
-def load_z(
-    x, bias, bias_start, columns, V, scale, cap, some,
+def make_z(
+    z, bias, bias_start, columns, V, scale, cap,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """z in fp32 at `columns`; -inf past V, and everywhere where `some` is false.
+    """z in fp32 of what was read at `columns`.
 
-    Without MASKED all columns are there. The layout of a tile, and with it the order of its sums,
-    follows from the widest load, so none may be wider than a row's: `bias_start`, which the
-    compiler does not know to be 0, keeps the bias' as narrow.
+    The layout of a tile, and with it the order of its sums, follows from the widest load, so none
+    may be wider than a row's: `bias_start`, which the compiler does not know to be 0, keeps the
+    bias' as narrow.
     """
-    if MASKED:
-        inside = (columns < V) & some
-        z = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
-    else:
-        z = tl.load(x + columns).to(tl.float32)
+    z = z.to(tl.float32)
     if HAS_BIAS:
-        bias += bias_start
         if MASKED:
-            z += tl.load(bias + columns, mask=inside, other=0.0)
+            z += tl.load(bias + bias_start + columns, mask=columns < V, other=0.0)
         else:
-            z += tl.load(bias + columns)
+            z += tl.load(bias + bias_start + columns)
     if scale is not None:
         z *= scale
     if HAS_CAP:
         z = cap * tanh(z * tl.div_rn(1.0, cap))
-    if MASKED:
-        z = tl.where(inside, z, float("-inf"))
     return z
+
+
+@jit()
+def load_z(
+    x, bias, bias_start, columns, V, scale, cap, some,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """z at `columns`; -inf past V, and everywhere where `some` is false."""
+    inside = (columns < V) & some
+    z = tl.load(x + columns, mask=inside, other=0.0)
+    z = make_z(z, bias, bias_start, columns, V, scale, cap, True, HAS_BIAS, HAS_CAP)
+    return tl.where(inside, z, float("-inf"))
 
 
 @jit()
@@ -143,16 +149,16 @@ def scan_row(
     """The state of a row with V more columns behind it."""
     lane = tl.arange(0, BLOCK_V)
     whole = V // BLOCK_V
+    # A tile is on its way while the one before is summed. The last one is asked for once more.
+    ahead = tl.load(x + lane, mask=(lane < V) & (whole > 0), other=0.0)
     for i in range(whole):
-        z = load_z(
-            x, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, True, False, HAS_BIAS, HAS_CAP
-        )
+        z = ahead
+        ahead = tl.load(x + tl.minimum(i + 1, whole - 1) * BLOCK_V + lane)
+        z = make_z(z, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, False, HAS_BIAS, HAS_CAP)
         m2, rest2, moment2 = tile_state(z, t, MOMENT, UNIT)
         m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t, UNIT)
     for i in range(whole, tl.cdiv(V, BLOCK_V)):
-        z = load_z(
-            x, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, True, True, HAS_BIAS, HAS_CAP
-        )
+        z = load_z(x, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, True, HAS_BIAS, HAS_CAP)
         m2, rest2, moment2 = tile_state(z, t, MOMENT, UNIT)
         m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t, UNIT)
     return m, rest, moment
@@ -200,8 +206,7 @@ def _forward_kernel(
         column = label - first
         here = (label != ignore_index) & (column >= 0) & (column < V)
         z = load_z(
-            x, bias, bias_start, tl.where(here, column, 0), V, scale, cap, here, True, HAS_BIAS,
-            HAS_CAP,
+            x, bias, bias_start, tl.where(here, column, 0), V, scale, cap, here, HAS_BIAS, HAS_CAP
         )  # fmt: skip
         if not BEGIN:
             z = tl.where(here, z, tl.load(logprobs + k))
@@ -224,52 +229,64 @@ def _backward_kernel(
     outer_stride, inner_stride, dx_stride, first, bias_start,  # as above
     temperature, scale, cap, ignore_index,  # constants
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, UNIT: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, UNIT: tl.constexpr, TILES: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    begin = tl.program_id(1) * (TILES * BLOCK_V)
+    lane = tl.arange(0, BLOCK_V)
     x += row_offset(row, inner, outer_stride, inner_stride)
+    labels += row * K
+    grad_logprobs += row * K
+    dx += row * dx_stride
     if HAS_TEMPERATURES:
         temperature = tl.load(temperatures + row)
     m = tl.load(state + row)
     rest = tl.load(state + N + row)
     inverse = tl.div_rn(1.0, temperature)
     share = tl.div_rn(1.0, 1.0 + rest)
-    # The gradients of the labels equal to a column, and of all.
-    own = tl.zeros([BLOCK_V], tl.float32)
     total = 0.0
     n_valid = 0
     for k in range(K):
-        label = tl.load(labels + row * K + k)
-        valid = label != ignore_index
-        grad = tl.load(grad_logprobs + row * K + k, mask=valid, other=0.0)
-        own += tl.where(columns == (label - first).to(tl.int32), grad, 0.0)
-        total += grad
+        valid = tl.load(labels + k) != ignore_index
+        total += tl.load(grad_logprobs + k, mask=valid, other=0.0)
         n_valid += tl.where(valid, 1, 0)
     some = n_valid > 0
-    inside = columns < V
-    z = tl.load(x + columns, mask=inside & some, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias + bias_start + columns, mask=inside, other=0.0)
-    slope = inverse
-    if scale is not None:
-        z *= scale
-        slope *= scale
-    if HAS_CAP:
-        # d tanh(a) = 4 e / (1 + e)^2 with e = exp(-2|a|), without cancellation
-        e = tl.exp(-2.0 * tl.abs(z / cap))
-        slope = slope * 4.0 * e / ((1.0 + e) * (1.0 + e))
-        z = cap * tanh(z * tl.div_rn(1.0, cap))
-    u = exponent(z, m, temperature, UNIT)
-    p = exp_nonpositive(u) * share
-    not_p = tl.where(z == m, rest * share, 1.0 - p)
-    dz = own * not_p - (total - own) * p
     if HAS_ENTROPY:
         upstream = tl.load(grad_entropy + row)
         mean = tl.load(state + 2 * N + row) * share * inverse
-        dz -= upstream * p * (u - mean)
-    dz = tl.where(some, dz * slope, 0.0)
-    tl.store(dx + row * dx_stride + columns, dz.to(dx.dtype.element_ty), mask=inside)
+    # As in scan_row, a tile is on its way while the one before is worked on.
+    ahead = tl.load(x + begin + lane, mask=(begin + lane < V) & some, other=0.0)
+    for i in tl.static_range(TILES):
+        columns = begin + i * BLOCK_V + lane
+        inside = columns < V
+        z = ahead
+        if i + 1 < TILES:
+            ahead = tl.load(x + columns + BLOCK_V, mask=(columns + BLOCK_V < V) & some, other=0.0)
+        own = tl.zeros([BLOCK_V], tl.float32)  # the gradients of the labels equal to a column
+        for k in range(K):
+            label = tl.load(labels + k)
+            grad = tl.load(grad_logprobs + k, mask=label != ignore_index, other=0.0)
+            own += tl.where(columns == (label - first).to(tl.int32), grad, 0.0)
+        z = z.to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + bias_start + columns, mask=inside, other=0.0)
+        slope = inverse
+        if scale is not None:
+            z *= scale
+            slope *= scale
+        if HAS_CAP:
+            # d tanh(a) = 4 e / (1 + e)^2 with e = exp(-2|a|), without cancellation
+            e = tl.exp(-2.0 * tl.abs(z * tl.div_rn(1.0, cap)))
+            slope = slope * 4.0 * e / ((1.0 + e) * (1.0 + e))
+            z = cap * tanh(z * tl.div_rn(1.0, cap))
+        u = exponent(z, m, temperature, UNIT)
+        p = exp_nonpositive(u) * share
+        not_p = tl.where(z == m, rest * share, 1.0 - p)
+        dz = own * not_p - (total - own) * p
+        if HAS_ENTROPY:
+            dz -= upstream * p * (u - mean)
+        dz = tl.where(some, dz * slope, 0.0)
+        tl.store(dx + columns, dz.to(dx.dtype.element_ty), mask=inside)
 
 
 _SIZES = dict.fromkeys([n for n in _ANY_VALUE if n not in ("dx_stride", "ignore_index")], "i32")
@@ -300,7 +317,7 @@ def aot_configs(x_type: str, dx_type: str, *, head: bool) -> list[AotConfig]:
             _backward_kernel,
             backward | {"dx_stride": "i32"} | ({"grad_entropy": "*fp32"} if head else {}),
             flags | absent | ({} if head else {"grad_entropy": None})
-            | {"BLOCK_V": BACKWARD_BLOCK_V},
+            | {"TILES": BACKWARD_TILES, "BLOCK_V": BACKWARD_BLOCK_V},
             num_warps=BACKWARD_NUM_WARPS,
         ),
     ]  # fmt: skip
@@ -400,7 +417,7 @@ def backward_rows(
         return
     scale = None if head.scale == 1.0 else head.scale
     with on_device(x):
-        launch(_backward_kernel, (N, -(-V // BACKWARD_BLOCK_V)))(
+        launch(_backward_kernel, (N, -(-V // (BACKWARD_TILES * BACKWARD_BLOCK_V))))(
             x, head.bias, labels, head.temperatures, state, grad_logprobs, grad_entropy, dx,
             N, V, K, inner,
             outer_stride, inner_stride, dx.stride(0), first, 0,
@@ -408,7 +425,7 @@ def backward_rows(
             HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap != 0.0,
             HAS_TEMPERATURES=head.temperatures is not None, HAS_ENTROPY=grad_entropy is not None,
             UNIT=head.temperatures is None and head.temperature == 1.0,
-            BLOCK_V=BACKWARD_BLOCK_V, num_warps=BACKWARD_NUM_WARPS,
+            TILES=BACKWARD_TILES, BLOCK_V=BACKWARD_BLOCK_V, num_warps=BACKWARD_NUM_WARPS,
         )  # fmt: skip
 
 

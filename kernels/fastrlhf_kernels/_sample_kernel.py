@@ -39,15 +39,15 @@ def _mass(z, m, t):
 
 @jit()
 def _above(x, V, bound, m, t, BLOCK_V: tl.constexpr):
-    """How many keys of the row are above `bound`, and their mass."""
+    """How many keys of the row are above `bound`, and their mass in fp64."""
     lane = tl.arange(0, BLOCK_V)
     count = 0
-    mass = 0.0
+    mass = tl.full([], 0.0, tl.float64)
     for i in range(tl.cdiv(V, BLOCK_V)):
-        z = load_z(x, x, 0, i * BLOCK_V + lane, V, None, 1.0, True, True, False, False)
+        z = load_z(x, x, 0, i * BLOCK_V + lane, V, None, 1.0, True, False, False)
         inside = _keys(z) > bound
         count += tl.sum(tl.where(inside, 1, 0), 0)
-        mass += tl.sum(tl.where(inside, _mass(z, m, t), 0.0), 0)
+        mass += tl.sum(tl.where(inside, _mass(z, m, t), 0.0), 0).to(tl.float64)
     return count, mass
 
 
@@ -69,11 +69,12 @@ def _prefix(x, V, k, limit, m, t, BLOCK_V: tl.constexpr):
     count, mass = _above(x, V, high, m, t, BLOCK_V)
     bits = high.to(tl.int32)
     z = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    e = _mass(z, m, t)
-    by_mass = tl.ceil(tl.div_rn(limit - mass, tl.where(e > 0.0, e, 1.0)))
+    # In fp64, as the specification has it: to fp32, five times 0.2, which is rounded up, is 1.
+    e = _mass(z, m, t).to(tl.float64)
+    by_mass = tl.ceil((limit - mass) / tl.where(e > 0.0, e, 1.0))
     ties = tl.minimum(k - count, tl.where((e > 0.0) & (by_mass < V), by_mass, V * 1.0).to(tl.int32))
     ties = tl.maximum(ties, tl.where(count == 0, 1, 0))
-    return high, ties, mass + ties.to(tl.float32) * e
+    return high, ties, mass + ties.to(tl.float64) * e
 
 
 @jit()
@@ -82,7 +83,7 @@ def _tile_masses(
     FILTER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """(logits, kept masses) of a tile, and how many equals of the threshold are left after it."""
-    z = load_z(x, x, 0, tile * TILE + tl.arange(0, TILE), V, None, 1.0, True, True, False, False)
+    z = load_z(x, x, 0, tile * TILE + tl.arange(0, TILE), V, None, 1.0, True, False, False)
     e = _mass(z, m, t)
     if FILTER:
         keys = _keys(z)
@@ -121,12 +122,14 @@ def _sample_kernel(
     FILTER: tl.constexpr = HAS_K or HAS_P or HAS_MIN_P
     threshold = tl.full([], -2139095041, tl.int64)
     ties = tl.zeros([], tl.int32) + V
-    kept_mass = 1.0 + rest
+    kept_mass = (1.0 + rest).to(tl.float64)
     if HAS_K:
         k = tl.where(top_k == 0, V, tl.minimum(top_k, V))
-        threshold, ties, kept_mass = _prefix(x, V, k, float("inf"), m, t, BLOCK_V)
+        infinite = tl.full([], float("inf"), tl.float64)
+        threshold, ties, kept_mass = _prefix(x, V, k, infinite, m, t, BLOCK_V)
     if HAS_P:
-        limit = tl.where(top_p == 1.0, float("inf"), top_p * kept_mass)
+        limit = kept_mass * (tl.full([], 0.0, tl.float32) + top_p).to(tl.float64)
+        limit = tl.where(top_p == 1.0, float("inf"), limit)
         high, p_ties, _ = _prefix(x, V, V, limit, m, t, BLOCK_V)
         same = tl.where(high == threshold, tl.minimum(ties, p_ties), ties)
         ties = tl.where(high > threshold, p_ties, same)
