@@ -481,6 +481,7 @@ FASTRLHF_KERNEL(decode_attention)(const void* q, const void* k_cache, const void
     }
     total += length - first;
   }
+  if (HQ == 0) return nullptr;
   return with_dtype(dtype, [&](auto zero) -> const char* {
     using T = decltype(zero);
     using A = acc_t<T>;
