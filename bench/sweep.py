@@ -147,8 +147,8 @@ def heads(tiny: bool) -> Iterator[tuple[str, Sweep]]:
     z = torch.empty(N, V, dtype=dtype, device=DEVICE)
     yield "bare product", Sweep(lambda: torch.mm(hidden, weight.T, out=z), flops, "TFLOP", {})
     sizes = {
-        (_linear, "ROWS"): (2048,) if tiny else (2048, 4096, 8192),
-        (_linear, "COLUMNS"): (4096,) if tiny else (4096, 8192, 16384),
+        (_linear, "GPU_ROWS"): (2048,) if tiny else (2048, 4096, 8192),
+        (_linear, "GPU_COLUMNS"): (4096,) if tiny else (4096, 8192, 16384),
     }
     yield "score", Sweep(lambda: linear_logprobs(hidden, weight, labels), flops, "TFLOP", sizes)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
@@ -191,7 +191,8 @@ def decode(tiny: bool) -> Iterator[tuple[str, Sweep]]:
 
 
 SWEEPS = {
-    "copy": copy, "rows": rows, "heads": heads, "kl": kl, "scans": scans, "small": small, "decode": decode,
+    "copy": copy, "rows": rows, "heads": heads, "kl": kl, "scans": scans, "small": small,
+    "decode": decode,
 }  # fmt: skip
 
 

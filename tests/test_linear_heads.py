@@ -37,6 +37,8 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows of logits at a time; fp32 products, on every CPU, unless a test says otherwise."""
     monkeypatch.setattr(_linear, "CPU_BF16", False)
     monkeypatch.setattr(_linear, "ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_COLUMNS", _linear.COLUMNS)
     monkeypatch.setattr(_linear_losses, "CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(_linear_losses, "LEAST_ROWS", {"cpu": 4, "cuda": 4})
 

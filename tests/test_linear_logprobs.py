@@ -120,6 +120,8 @@ def test_matches_definition(
 def test_many_pieces(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of columns, several pieces of rows, none of them full."""
     monkeypatch.setattr(_linear, "ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_COLUMNS", _linear.COLUMNS)
     tensors, labels = case(11, 16, 4099, backend)
     labels[3] = -100
     labels[5:7] = 4098
@@ -210,6 +212,8 @@ def test_only_what_requires_a_gradient_gets_one(backend: Backend) -> None:
 def test_scores_without_a_gradient(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bits of the call with gradient; nothing is kept for a backward pass."""
     monkeypatch.setattr(_linear, "ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_ROWS", 4)
+    monkeypatch.setattr(_linear, "GPU_COLUMNS", _linear.COLUMNS)
     (hidden, weight, bias), labels = case(11, 16, 4099, backend)
     labels[3] = -100
     temperature = torch.linspace(0.5, 2.0, 11, device=backend.device)

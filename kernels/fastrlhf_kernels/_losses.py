@@ -24,6 +24,7 @@ from ._triton import AotConfig, jit, launch, on_device, tl
 
 # Not tuned. A tile's width fixes the order in which a sum is made: another gives other last bits.
 BLOCK_N = 1024  # entries a program
+NUM_WARPS = 8  # with four, value_loss spills registers on sm_100 under Triton 3.6
 BLOCK_TILES = 256  # tiles' sums that the last step adds at once
 
 # What divides the sum: NORMALIZER of the kernels.
@@ -183,6 +184,7 @@ def tile_configs(
                 | {"ONE_TILE": one_tile, "FIELDS": fields, "BLOCK_N": BLOCK_N}
                 | dict(constants)
                 | {name: None for name, kind in optional.items() if kind is None},
+                num_warps=NUM_WARPS,
             )
         )
     return configs

@@ -222,6 +222,7 @@ def _policy_loss_triton(
             1.0 - clip, 1.0 + clip, number,
             MAX_LOG_RATIO=MAX_LOG_RATIO, HAS_MASK=mask is not None, HAS_GRADIENT=with_gradient,
             NORMALIZER=by, ONE_TILE=tiles == 1, FIELDS=FIELDS, BLOCK_N=BLOCK_N,
+            num_warps=_losses.NUM_WARPS,
         )  # fmt: skip
         if partials is not None:
             launch(_finish_kernel, (1,))(

@@ -208,6 +208,7 @@ def _value_loss_triton(
             clip or 0.0, number,
             HAS_CLIP=clip is not None, HAS_MASK=mask is not None, HAS_GRADIENT=with_gradient,
             NORMALIZER=by, ONE_TILE=tiles == 1, FIELDS=FIELDS, BLOCK_N=BLOCK_N,
+            num_warps=_losses.NUM_WARPS,
         )  # fmt: skip
         if partials is not None:
             launch(_finish_kernel, (1,))(
