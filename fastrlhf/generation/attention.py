@@ -67,7 +67,7 @@ def paged_attention(
     """The attention function registered with transformers -> (B, T, Hq, D)."""
     if paged is None or attention_mask is not None:
         raise UnsupportedModel(module, "it does not hand its keyword arguments to attention")
-    layer = int(module.layer_idx)
+    layer = _layer_of(module)
     keys, values = paged.cache.keys[layer], paged.cache.values[layer]
     B, Hq, T, D = query.shape
     if key.shape[1::2] != keys.shape[2:] or value.shape != key.shape:
@@ -77,10 +77,13 @@ def paged_attention(
         )  # fmt: skip
     k, v = (x.transpose(1, 2).reshape(B * T, *keys.shape[2:]) for x in (key, value))
     append_kv(k, v, keys, values, paged.slots)
-    decoding = T == 1 and paged.cu_seqlens is None
+    decoding = T == 1
     plain = softcap is None and s_aux is None
-    if not decoding and plain and paged.cu_seqlens is not None:
-        return _packed(query, key, value, paged, scaling, sliding_window), None
+    if paged.cu_seqlens is not None:  # only for models whose attention is plain
+        packed = _packed(
+            query, key, value, paged.cu_seqlens, paged.longest, scaling, sliding_window
+        )
+        return packed, None
     if not decoding and plain and (sliding_window is None or sliding_window >= T):
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=Hq != key.shape[1]
@@ -101,27 +104,37 @@ def paged_attention(
     return out.view(B, T, Hq, D), None
 
 
+def _layer_of(module: nn.Module) -> int:
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnsupportedModel(module, "its attention does not say in which layer it stands")
+    return layer
+
+
 def _packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    batch: Batch,
+    cu: Tensor,
+    longest: int,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """Causal attention within the sequences of one packed row, by flash-attn or by torch."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     left = -1 if window is None else window - 1
-    cu, longest = batch.cu_seqlens, batch.longest
+    out: Tensor
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(
+        found = varlen_attn(
             q, k, v, cu, cu, longest, longest,
             scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
+        assert isinstance(found, Tensor)
+        out = found
     else:
         out = flash_attn_varlen_func(
             q, k, v, cu, cu, longest, longest,

@@ -80,7 +80,9 @@ class Engine:
         """
         if slots < 1:
             raise ValueError(f"slots: must be at least 1, got {slots}")
-        self.model = model if isinstance(model, LanguageModel) else LanguageModel(model)
+        if not isinstance(model, LanguageModel):
+            model = LanguageModel(model).train(model.training)
+        self.model = model
         self.slots, self.memory, self.tokenizer = slots, memory, tokenizer
         self.fused, self.pack = fused, pack
         self.decoder = Decoder(self.model)

@@ -76,20 +76,22 @@ class LlamaStep:
 
     def __init__(self, model: LanguageModel, *, rows: int, context: int, pack: bool) -> None:
         self.model = model
-        self.core: Any = model.model.base_model
+        core: Any = model.model.base_model
+        self.core = core
         config = model.model.config
         self.eps = float(config.rms_norm_eps)
         self.width = int(config.hidden_size)
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(config.num_key_value_heads)
-        first = self.core.layers[0].self_attn
+        layers: Any = core.layers[: config.num_hidden_layers]
+        first = layers[0].self_attn
         self.head_dim = int(first.head_dim)
         self.scale = float(first.scaling)
         window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
         device = model.head.weight.device
         positions = torch.arange(context, device=device)[None]
         blank = torch.empty(0, dtype=torch.float32, device=device)
-        cos, sin = (table[0] for table in self.core.rotary_emb(blank, positions))
+        cos, sin = (table[0] for table in core.rotary_emb(blank, positions))
         half = cos.shape[-1] // 2
         # rope(x) = x * cos + (second half, first half) * (-sin, sin)
         self.cos, self.sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
@@ -106,7 +108,7 @@ class LlamaStep:
                 product(layer.mlp.down_proj),
                 getattr(layer.self_attn, "sliding_window", window),
             )
-            for layer in self.core.layers[: config.num_hidden_layers]
+            for layer in layers
         ]
         self.head = product(model.head)
 
@@ -147,7 +149,8 @@ class GPT2Step:
 
     def __init__(self, model: LanguageModel, *, rows: int, context: int, pack: bool) -> None:
         self.model = model
-        self.core: Any = model.model.base_model
+        core: Any = model.model.base_model
+        self.core = core
         config = model.model.config
         self.heads = int(config.num_attention_heads)
         self.eps = float(config.layer_norm_epsilon)
@@ -165,7 +168,7 @@ class GPT2Step:
                 product(layer.mlp.c_fc),
                 product(layer.mlp.c_proj),
             )
-            for layer in self.core.h
+            for layer in core.h
         ]
         self.head = product(model.head)
 
