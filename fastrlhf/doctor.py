@@ -178,6 +178,14 @@ class Inputs:
         return self.floats(3, 5, seed=seed)
 
 
+def _appended(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
+    """Return the caches after `append_kv`, which writes them in place."""
+    caches = x.floats(3, 2, 2, 8, seed=2), x.floats(3, 2, 2, 8, seed=3)
+    k, v, slots = x.floats(3, 2, 8, seed=0), x.floats(3, 2, 8, seed=1), x.integers([4, -1, 0])
+    kernels.append_kv(k, v, *caches, slots, backend=backend)
+    return caches
+
+
 PROBES: dict[str, Callable[[Inputs, str], Any]] = {
     "logprobs_from_logits": lambda x, backend: kernels.logprobs_from_logits(
         x.floats(3, 11, seed=0), x.labels, return_entropy=True, backend=backend
@@ -223,6 +231,12 @@ PROBES: dict[str, Callable[[Inputs, str], Any]] = {
         x.floats(7, seed=0),
         x.integers([1, 2, 2, 3, 2, 1, 1]),
         x.integers([4, 3]),
+        backend=backend,
+    ),
+    "append_kv": _appended,
+    "decode_attention": lambda x, backend: kernels.decode_attention(
+        x.floats(2, 4, 8, seed=0), x.floats(3, 2, 2, 8, seed=1), x.floats(3, 2, 2, 8, seed=2),
+        x.integers([[2, 0], [1, 0]], torch.int32), x.integers([3, 2], torch.int32),
         backend=backend,
     ),
     # Only one token is left to draw, so that the answer is the same for any generator.

@@ -21,19 +21,30 @@ N, B, T, H, V = 23, 5, 37, 19, 251
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An op's arguments, and the names of those that it is differentiable in."""
+    """An op's arguments, and the names of those that it is differentiable in, or writes.
+
+    A call copies what the op writes in place: these copies are then its result.
+    """
 
     op: str
     arguments: dict[str, Any]
     differentiable: tuple[str, ...]
+    written: tuple[str, ...] = ()
 
     def __call__(self, backend: str | None = None, **changes: Any) -> Any:
         function = getattr(fastrlhf_kernels, self.op)
-        return function(**{**self.arguments, **changes}, backend=backend)
+        return self._result(function, {**self.arguments, **changes, "backend": backend})
 
     def reference(self, **changes: Any) -> Any:
         module = importlib.import_module(f"fastrlhf_kernels.{self.op}")
-        return getattr(module, f"{self.op}_ref")(**{**self.arguments, **changes})
+        return self._result(getattr(module, f"{self.op}_ref"), {**self.arguments, **changes})
+
+    def _result(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        for name in self.written:
+            if isinstance(arguments[name], Tensor):
+                arguments[name] = arguments[name].clone()
+        result = function(**arguments)
+        return tuple(arguments[name] for name in self.written) if self.written else result
 
 
 class Inputs:
@@ -123,8 +134,34 @@ def _head_of_ppo(x: Inputs) -> dict[str, Any]:
     }
 
 
+def _cache(x: Inputs) -> dict[str, Any]:
+    """Two heads in six pages of five slots; every seventh token is skipped."""
+    slots = torch.randperm(30, generator=x.generator)[:N].to(x.device)
+    slots[::7] = -1
+    return {
+        **{name: x.floats(N, 2, H) for name in ("k", "v")},
+        **{name: x.floats(6, 5, 2, H) for name in ("k_cache", "v_cache")},
+        "slots": slots,
+    }
+
+
+def _attention(x: Inputs) -> dict[str, Any]:
+    """Six heads over two; pages of seven tokens, lengths on both sides of a page and of a split."""
+    lengths = torch.tensor([0, 1, 7, 150, 300], dtype=torch.int32, device=x.device)
+    return {
+        "q": x.floats(B, 6, H),
+        **{name: x.floats(50, 7, 2, H) for name in ("k_cache", "v_cache")},
+        "block_tables": x.integers(0, 50, B, 44).int(),
+        "seq_lens": lengths,
+        "sinks": x.floats(6),
+    }
+
+
 HEADS = ("hidden", "weight", "bias")
+WRITTEN = {"append_kv": ("k_cache", "v_cache")}
 CALLS: dict[str, tuple[Callable[[Inputs], dict[str, Any]], tuple[str, ...]]] = {
+    "append_kv": (_cache, ()),
+    "decode_attention": (_attention, ()),
     "gae": (
         lambda x: {"rewards": x.floats(B, T), "values": x.floats(B, T), "mask": x.mask()},
         (),
@@ -193,7 +230,7 @@ def call_of(op: str, dtype: torch.dtype = torch.float32, device: str = "cpu") ->
     """The op's call with floating arguments of this dtype; the same numbers in every dtype."""
     assert op in CALLS, f"tests/op_cases.py has no call of {op}"
     arguments, differentiable = CALLS[op]
-    return Call(op, arguments(Inputs(dtype, device)), differentiable)
+    return Call(op, arguments(Inputs(dtype, device)), differentiable, WRITTEN.get(op, ()))
 
 
 def floating(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "min_p": (-0.1, 1.1, NAN, None, *NO_NUMBER),
     "normalizer": (0.0, -1.0, NAN, torch.ones(1), torch.tensor(1j), *NO_NUMBER),
     "return_entropy": NO_FLAG,
+    "scale": (NAN, INF, *NO_NUMBER),
     "score_clip": (0.0, -1.0, NAN, *NO_NUMBER),
     "shift_mean": NO_FLAG,
     "softcap": (0.0, -1.0, NAN, INF, *NO_NUMBER),
@@ -49,6 +50,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "top_p": (0.0, 1.1, NAN, None, *NO_NUMBER),
     "unbiased": NO_FLAG,
     "whiten": NO_FLAG,
+    "window": (0, -1, 1.5, "3", True),
 }
 LIMITS: dict[tuple[str, str], tuple[Any, ...]] = {
     ("logprobs_from_logits", "temperature"): (0.0,),
@@ -71,6 +73,8 @@ FREE_LENGTH = {("gae_varlen", "cu_seqlens"), ("ranking_loss", "group_sizes")}
 # K labels a row are as good as one.
 FREE_DIMS = {("logprobs_from_logits", "labels")}
 OTHERS_THAT_GIVE_THE_SHAPE = {
+    ("append_kv", "k_cache"),
+    ("decode_attention", "k_cache"),
     ("shape_rewards", "kl"),
     ("linear_cross_entropy", "weight"),
     ("linear_logprobs", "weight"),

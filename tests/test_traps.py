@@ -14,6 +14,7 @@ trap, beside this file, is in tests/test_<op>.py under names with these words:
     strides, upstream's too      strides, layouts, expanded_gradients, upstream
     other rows, threads, reruns  do_not_depend_on_the_batch, repeats, thread_count
     labels out of range          labels_out_of_range
+    a cache's unused slots       not_attended_to, harms_no_neighbour, slots_past_the_cache
     gaps of 100 and 1e4          finite_for_finite_input, large_gaps, the_clamp_of_the_log_ratio
 """
 
@@ -23,6 +24,7 @@ from functools import partial
 
 import pytest
 import torch
+import traps_cache
 import traps_tokens
 import traps_upstream
 import traps_vocabulary
@@ -34,7 +36,7 @@ from traps import NAN, TRAPS, Trap
 import fastrlhf_kernels
 from fastrlhf_kernels._aot import ops
 
-MODULES = (traps_tokens, traps_upstream, traps_vocabulary)  # their import fills TRAPS
+MODULES = (traps_cache, traps_tokens, traps_upstream, traps_vocabulary)  # their import fills TRAPS
 
 
 def cases() -> list[pytest.param]:
@@ -43,6 +45,7 @@ def cases() -> list[pytest.param]:
         for one in TRAPS
         if one.op in ops()
         for param in backends_for(one.op)
+        if param.values[0].name not in one.not_on
     ]
 
 

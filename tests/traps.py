@@ -22,16 +22,19 @@ class Trap:
     name: str
     check: Callable[[Op, str], None]
     naive: Op
+    not_on: tuple[str, ...] = ()  # backends of which the check says nothing
 
 
 TRAPS: list[Trap] = []
 
 
-def trap(op: str, naive: Op) -> Callable[[Callable[[Op, str], None]], Callable[[Op, str], None]]:
+def trap(
+    op: str, naive: Op, *, not_on: tuple[str, ...] = ()
+) -> Callable[[Callable[[Op, str], None]], Callable[[Op, str], None]]:
     """Makes a trap of a check."""
 
     def add(check: Callable[[Op, str], None]) -> Callable[[Op, str], None]:
-        TRAPS.append(Trap(op, check.__name__, check, naive))
+        TRAPS.append(Trap(op, check.__name__, check, naive, not_on))
         return check
 
     return add

@@ -6,6 +6,8 @@ its mathematics; `<op>_ref` in it is the specification in plain PyTorch.
 """
 
 from ._backends import BackendUnavailable, available_backends, use_backend
+from .append_kv import append_kv
+from .decode_attention import decode_attention
 from .gae import gae
 from .gae_varlen import gae_varlen
 from .kl_divergence import kl_divergence
@@ -26,7 +28,9 @@ __all__ = [
     "BackendUnavailable",
     "RolloutAdvantages",
     "SampleOutput",
+    "append_kv",
     "available_backends",
+    "decode_attention",
     "gae",
     "gae_varlen",
     "kl_divergence",

@@ -154,6 +154,17 @@ def as_mask(op: str, name: str, mask: Tensor | None, like: Tensor) -> Tensor | N
     return mask if mask.dtype == torch.bool else mask != 0
 
 
+def check_no_gradient(op: str, **tensors: Tensor | None) -> None:
+    """No tensor needs a gradient, or none is recorded: for ops that serve inference alone."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                raise ValueError(
+                    f"{op}: {name} must not require a gradient, which {op} does not have; "
+                    "call it under torch.no_grad()"
+                )
+
+
 def values_are_checked(x: Tensor) -> bool:
     """Whether the values of `x` may be read: not while tracing, on a GPU in debug mode only."""
     if torch.compiler.is_compiling():

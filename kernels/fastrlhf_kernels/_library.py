@@ -27,7 +27,9 @@ NAMESPACE = "fastrlhf"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd_keyset = torch._C._after_autograd_keyset
+_after_inplace_keyset = torch._C._after_ADInplaceOrView_keyset
 _any_requires_grad = torch._C._any_requires_grad
+_increment_version = torch._C._increment_version
 _included_keys = torch._C._dispatch_tls_local_include_set
 _excluded_keys = torch._C._dispatch_tls_local_exclude_set
 _dispatch_keys = torch._C._dispatch_keys
@@ -71,6 +73,7 @@ def register(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., tuple[Any, ...]] | None = None,
     inputs: tuple[int, ...] | None = None,
+    mutated: tuple[int, ...] = (),
 ) -> Op:
     """Registers `fastrlhf::<name>` and returns a function that calls it, by position.
 
@@ -89,8 +92,10 @@ def register(
             function of (ctx, gradient of the first output or None), which returns gradients for
             these alone; `ctx.needs_input_grad` speaks of these alone, after two entries of no
             meaning. The other outputs are detached; setup_context may save but not mark them.
+        mutated: the positions of the arguments that are written in place, `Tensor(a!)` in the
+            schema; such an op returns nothing, `-> ()`, and has no gradient.
     """
-    name, op, compute = _define(schema, implementations, fake)
+    name, op, compute = _define(schema, implementations, fake, mutated)
     if backward is None:
         return _fill_autograd_key(name, op, compute)
     if setup_context is None:
@@ -137,7 +142,10 @@ def register_backward(
 
 
 def _define(
-    schema: str, implementations: Mapping[str, Callable[..., Any]], fake: Callable[..., Any]
+    schema: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    fake: Callable[..., Any],
+    mutated: tuple[int, ...] = (),
 ) -> tuple[str, Op, Compute]:
     """The op's name, the op, and how its Autograd key computes it."""
 
@@ -151,9 +159,19 @@ def _define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
+    # What autograd has saved of an argument it must know to have been written since.
+    def write(keyset: Any, *args: Any) -> Any:
+        _increment_version([args[i] for i in mutated])
+        return op.redispatch(keyset & _after_inplace_keyset, *args)
+
+    if mutated:
+        _library.impl(name, write, "ADInplaceOrView", with_keyset=True)
+
     def compute(keyset: Any, args: tuple[Any, ...]) -> Any:
         with _below_autograd():
             if keyset is None:
+                if mutated:
+                    _increment_version([args[i] for i in mutated])
                 return run(*args)
             return op.redispatch(keyset & _after_autograd_keyset, *args)
 
