@@ -76,9 +76,7 @@ def check(backend: Backend, k, v, k_cache, v_cache, slots) -> None:
 def test_matches_definition(
     backend: Backend, N, page_size, HKV, D, dtype, cache_dtype, int32, seed
 ) -> None:
-    args = case(
-        backend, N, 12, page_size, HKV, D, dtype=dtype, cache_dtype=cache_dtype, seed=seed
-    )
+    args = case(backend, N, 12, page_size, HKV, D, dtype=dtype, cache_dtype=cache_dtype, seed=seed)
     args[4] = args[4].int() if int32 else args[4]
     check(backend, *args)
 

@@ -223,7 +223,9 @@ def test_sinks(backend: Backend) -> None:
     none = decode_attention(*args, backend=backend.name)
     sinks = torch.full((4,), -INF, device=backend.device)
     assert_same_bits(decode_attention(*args, sinks=sinks, backend=backend.name), none)
-    assert not bool(decode_attention(*args, sinks=sinks + INF, backend=backend.name).isfinite().any())
+    assert not bool(
+        decode_attention(*args, sinks=sinks + INF, backend=backend.name).isfinite().any()
+    )
     sinks = torch.tensor([1e4, 1.0, -1e4, 3.0], device=backend.device)
     found = check(backend, args, sinks=sinks)
     assert not bool(found[:, 0].any())

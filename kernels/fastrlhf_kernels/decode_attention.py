@@ -357,7 +357,12 @@ def _check_tables(
     op = "decode_attention"
     pages, page_size = k_cache.shape[:2]
     longest = block_tables.shape[1] * page_size
-    check_values(op, "seq_lens", (seq_lens >= 0) & (seq_lens <= longest), f"in [0, P * page_size = {longest}]")
+    check_values(
+        op,
+        "seq_lens",
+        (seq_lens >= 0) & (seq_lens <= longest),
+        f"in [0, P * page_size = {longest}]",
+    )
     last = (seq_lens[:, None] + page_size - 1) // max(page_size, 1)
     p = torch.arange(block_tables.shape[1], device=block_tables.device)
     used = p < last
