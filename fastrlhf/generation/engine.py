@@ -215,10 +215,14 @@ class _Run:
         except KeyboardInterrupt:
             interrupted = True
         self.counters.peak_pages = self.pages.peak
+        lengths = [
+            0 if finish == "interrupted" else n
+            for n, finish in zip(self.lengths, self.finishes, strict=True)
+        ]
         return Outcome(
             tokens=self.tokens,
             logprobs=self.logprobs,
-            lengths=torch.tensor(self.lengths, dtype=torch.int64, device=self.tokens.device),
+            lengths=torch.tensor(lengths, dtype=torch.int64, device=self.tokens.device),
             finishes=self.finishes,
             interrupted=interrupted,
             counters=self.counters,

@@ -8,7 +8,7 @@ else is generated at the same time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -161,6 +161,9 @@ class Outcome:
 
     def __len__(self) -> int:
         return len(self.finishes)
+
+    def __iter__(self) -> Iterator[Result]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Result:
         n = int(self.lengths[index])
