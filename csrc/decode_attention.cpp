@@ -62,52 +62,149 @@ FASTRLHF_INLINE void over_heads(int64_t heads, const F& f) {
   if (h < heads) f(Count<1>{}, h);
 }
 
-// ---- scores: NH heads by NT tokens at once
+// ---- what a call is given, and where it finds it
 
-template <int NH, int NT, class T>
+template <class T>
+struct Call {
+  const T *q, *k_cache, *v_cache;
+  const int32_t *tables, *lengths;
+  const acc_t<T>* sinks;
+  acc_t<T>* scratch;
+  T* out;
+  int64_t HQ, HKV, D, page_size, P, window, split, splits;
+  int64_t q_stride, q_head_stride, k_page_stride, k_slot_stride, k_head_stride, v_page_stride,
+      v_slot_stride, v_head_stride;
+  acc_t<T> scale, softcap;
+
+  int64_t first(int64_t b) const {  // token that is attended to
+    return window == 0 ? 0 : max_of<int64_t>(lengths[b] - window, 0);
+  }
+  acc_t<T>* place(int64_t b, int64_t head, int64_t s) const {
+    return scratch + ((b * HQ + head) * splits + s) * (D + 2);
+  }
+};
+
+// Where a tile's keys and values are.
+template <class T>
+struct Rows {
+  int64_t n;
+  const T *keys[TILE_T], *values[TILE_T];
+
+  // Of tokens from `from` to the end of its tile, or to `end`.
+  void find(const Call<T>& c, int64_t b, int64_t kv_head, int64_t from, int64_t end) {
+    n = max_of<int64_t>(min_of((from / TILE_T + 1) * TILE_T, end) - from, 0);
+    const int32_t* page = c.tables + b * c.P + from / c.page_size;
+    const T* k = c.k_cache + kv_head * c.k_head_stride;
+    const T* v = c.v_cache + kv_head * c.v_head_stride;
+    int64_t offset = from % c.page_size;
+    for (int64_t t = 0; t < n;) {
+      const int64_t stop = min_of(n, t + c.page_size - offset);
+      const T* key = k + *page * c.k_page_stride + offset * c.k_slot_stride;
+      const T* value = v + *page * c.v_page_stride + offset * c.v_slot_stride;
+      for (; t < stop; ++t, key += c.k_slot_stride, value += c.v_slot_stride) {
+        keys[t] = key;
+        values[t] = value;
+      }
+      ++page;
+      offset = 0;
+    }
+    for (int64_t t = n; t % 4 != 0; ++t) keys[t] = keys[n - 1];
+  }
+
+  void fetch(int64_t t, int64_t D) const {
+    for (int64_t i = t; i < min_of(t + 4, n); ++i) {
+      const char* k = reinterpret_cast<const char*>(keys[i]);
+      const char* v = reinterpret_cast<const char*>(values[i]);
+      for (int64_t at = 0; at < D * static_cast<int64_t>(sizeof(T)); at += 64) {
+        __builtin_prefetch(k + at, 0, 2);
+        __builtin_prefetch(v + at, 0, 2);
+      }
+    }
+  }
+};
+
+// ---- scores: NH heads by four tokens at once
+
+// The sums over the lanes of four vectors.
+FASTRLHF_INLINE void sum_lanes(const vd* v, double* sums) {
+  for (int t = 0; t < 4; ++t) sums[t] = hsum(v[t]);
+}
+FASTRLHF_INLINE void sum_lanes(const vf* v, float* sums) {
+#if defined(__x86_64__)
+  // Transposed by fours and added, then the quarters of what is left: a third of four hsums' steps.
+  typedef float quad __attribute__((vector_size(16)));
+  constexpr int QUADS = VEC_BYTES / 16;
+  quad total{};
+  quad part[4][QUADS];
+  for (int t = 0; t < 4; ++t) __builtin_memcpy(part[t], v + t, sizeof(vf));
+  for (int i = 0; i < QUADS; ++i) {
+    const quad a = _mm_unpacklo_ps(part[0][i], part[1][i]) + _mm_unpackhi_ps(part[0][i], part[1][i]);
+    const quad b = _mm_unpacklo_ps(part[2][i], part[3][i]) + _mm_unpackhi_ps(part[2][i], part[3][i]);
+    total += quad(_mm_movelh_ps(a, b)) + quad(_mm_movehl_ps(b, a));
+  }
+  __builtin_memcpy(sums, &total, sizeof(total));
+#else
+  for (int t = 0; t < 4; ++t) sums[t] = hsum(v[t]);
+#endif
+}
+
+template <int NH, class V>
+FASTRLHF_INLINE void add_products(const elem_t<V>* q, const V* keys, V (&sums)[NH][4]) {
+#pragma GCC unroll 4
+  for (int h = 0; h < NH; ++h) {
+    const V x = load(q + h * MAX_D);
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) sums[h][t] = vfma(x, keys[t], sums[h][t]);
+  }
+}
+
+template <int NH, class T>
 FASTRLHF_INLINE void dot_block(const acc_t<T>* q, const T* const* rows, int64_t D, acc_t<T> scale,
                                acc_t<T>* scores) {
   using A = acc_t<T>;
   using V = vec_t<A>;
   constexpr int64_t W = lanes<V>;
-  V sums[NH][NT];
+  V sums[NH][4], a[4], b[4];
+#pragma GCC unroll 4
   for (int h = 0; h < NH; ++h) {
-    for (int t = 0; t < NT; ++t) sums[h][t] = V{};
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) sums[h][t] = V{};
   }
-  const auto add = [&](int64_t d, const V* keys) {
-    for (int h = 0; h < NH; ++h) {
-      const V x = load(q + h * MAX_D + d);
-      for (int t = 0; t < NT; ++t) sums[h][t] = vfma(x, keys[t], sums[h][t]);
-    }
-  };
-  V a[NT], b[NT];
   int64_t d = 0;
   for (; d + 2 * W <= D; d += 2 * W) {
-    for (int t = 0; t < NT; ++t) load_pair(rows[t] + d, a[t], b[t]);
-    add(d, a);
-    add(d + W, b);
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) load_pair(rows[t] + d, a[t], b[t]);
+    add_products<NH>(q + d, a, sums);
+    add_products<NH>(q + d + W, b, sums);
   }
   if (d + W <= D) {
-    for (int t = 0; t < NT; ++t) a[t] = load(rows[t] + d);
-    add(d, a);
+    for (int t = 0; t < 4; ++t) a[t] = load(rows[t] + d);
+    add_products<NH>(q + d, a, sums);
     d += W;
   }
   if (d < D) {
-    for (int t = 0; t < NT; ++t) a[t] = load_n(rows[t] + d, D - d, A(0));
-    add(d, a);
+    for (int t = 0; t < 4; ++t) a[t] = load_n(rows[t] + d, D - d, A(0));
+    add_products<NH>(q + d, a, sums);
   }
+#pragma GCC unroll 4
   for (int h = 0; h < NH; ++h) {
-    for (int t = 0; t < NT; ++t) scores[h * TILE_T + t] = hsum(sums[h][t]) * scale;
+    A lane_sums[4];
+    sum_lanes(sums[h], lane_sums);
+    for (int t = 0; t < 4; ++t) scores[h * TILE_T + t] = lane_sums[t] * scale;
   }
 }
 
+// Of n tokens, rounded up to fours: `rows` has as many.
 template <int NH, class T>
-void dots(const acc_t<T>* q, const T* const* rows, int64_t n, int64_t D, acc_t<T> scale,
-          acc_t<T>* scores) {
-  constexpr int NT = NH == 1 ? 8 : NH == 2 || WIDE ? 4 : 2;
-  int64_t t = 0;
-  for (; t + NT <= n; t += NT) dot_block<NH, NT>(q, rows + t, D, scale, scores + t);
-  for (; t < n; ++t) dot_block<NH, 1>(q, rows + t, D, scale, scores + t);
+void dots(const acc_t<T>* q, const T* const* rows, const Rows<T>* next, int64_t n, int64_t D,
+          acc_t<T> scale, acc_t<T>* scores) {
+  constexpr int N = WIDE || NH < 4 ? NH : 2;  // as many as there are registers for
+  for (int64_t t = 0; t < n; t += 4) {
+    if (next != nullptr) next->fetch(t, D);
+    for (int h = 0; h < NH; h += N) {
+      dot_block<N>(q + h * MAX_D, rows + t, D, scale, scores + h * TILE_T + t);
+    }
+  }
 }
 
 // ---- weighted values: NH heads by NV pairs of vectors at once
@@ -118,14 +215,19 @@ FASTRLHF_INLINE void weigh_block(const acc_t<T>* weights, const T* const* rows, 
   using V = vec_t<acc_t<T>>;
   constexpr int64_t W = lanes<V>;
   V s[NH][2 * NV];
+#pragma GCC unroll 4
   for (int h = 0; h < NH; ++h) {
+#pragma GCC unroll 4
     for (int j = 0; j < 2 * NV; ++j) s[h][j] = load(sums + h * MAX_D + d + j * W);
   }
   for (int64_t t = 0; t < n; ++t) {
     V v[2 * NV];
+#pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) load_pair(rows[t] + d + 2 * j * W, v[2 * j], v[2 * j + 1]);
+#pragma GCC unroll 4
     for (int h = 0; h < NH; ++h) {
       const V w = splat<V>(weights[h * TILE_T + t]);
+#pragma GCC unroll 4
       for (int j = 0; j < 2 * NV; ++j) s[h][j] = vfma(w, v[j], s[h][j]);
     }
   }
@@ -196,26 +298,6 @@ void exponentials(A* scores, int64_t n, A softcap, int64_t D, State<A>& state, A
 // ---- splits
 
 template <class T>
-struct Call {
-  const T *q, *k_cache, *v_cache;
-  const int32_t *tables, *lengths;
-  const acc_t<T>* sinks;
-  acc_t<T>* scratch;
-  T* out;
-  int64_t HQ, HKV, D, page_size, P, window, split, splits;
-  int64_t q_stride, q_head_stride, k_page_stride, k_slot_stride, k_head_stride, v_page_stride,
-      v_slot_stride, v_head_stride;
-  acc_t<T> scale, softcap;
-
-  int64_t first(int64_t b) const {  // token that is attended to
-    return window == 0 ? 0 : max_of<int64_t>(lengths[b] - window, 0);
-  }
-  acc_t<T>* place(int64_t b, int64_t head, int64_t s) const {
-    return scratch + ((b * HQ + head) * splits + s) * (D + 2);
-  }
-};
-
-template <class T>
 void load_queries(const Call<T>& c, int64_t b, int64_t head, int64_t heads, acc_t<T>* q) {
   using A = acc_t<T>;
   using V = vec_t<A>;
@@ -251,29 +333,32 @@ __attribute__((noinline)) void attend(const Call<T>& c, int64_t b, int64_t kv_he
     for (int64_t d = 0; d < c.D; d += lanes<V>) store(sums + h * MAX_D + d, V{});
   }
   const int64_t end = min_of<int64_t>((s + 1) * c.split, c.lengths[b]), first = c.first(b);
-  const int32_t* table = c.tables + b * c.P;
-  for (int64_t tile = s * c.split; tile < end; tile += TILE_T) {
-    const int64_t from = max_of(tile, first), to = min_of(tile + TILE_T, end);
-    if (from >= to) continue;
-    const T *keys[TILE_T], *values[TILE_T];
-    int64_t page = from / c.page_size, offset = from % c.page_size;
-    for (int64_t t = 0; t < to - from; ++t) {
-      keys[t] = c.k_cache + table[page] * c.k_page_stride + offset * c.k_slot_stride +
-                kv_head * c.k_head_stride;
-      values[t] = c.v_cache + table[page] * c.v_page_stride + offset * c.v_slot_stride +
-                  kv_head * c.v_head_stride;
-      if (++offset == c.page_size) offset = 0, ++page;
+  Rows<T> tiles[2];  // this tile's, and the next one's, which is fetched meanwhile
+  int64_t at = max_of(s * c.split, first);
+  tiles[0].find(c, b, kv_head, at, end);
+  for (int i = 0; at < end; i ^= 1) {
+    const Rows<T>& rows = tiles[i];
+    Rows<T>& next = tiles[i ^ 1];
+    const int64_t n = rows.n;
+    at += n;
+    // Past the split, and the head: in one thread's hands the next one follows.
+    if (at < c.lengths[b]) {
+      next.find(c, b, kv_head, at, c.lengths[b]);
+    } else if (kv_head + 1 < c.HKV) {
+      next.find(c, b, kv_head + 1, first, c.lengths[b]);
+    } else {
+      next.n = 0;
     }
     A scores[MAX_HEADS * TILE_T];
     over_heads(heads, [&](auto count, int64_t h) {
-      dots<decltype(count)::value>(q + h * MAX_D, keys, to - from, c.D, c.scale,
+      dots<decltype(count)::value>(q + h * MAX_D, rows.keys, h == 0 ? &next : nullptr, n, c.D, c.scale,
                                    scores + h * TILE_T);
     });
     for (int64_t h = 0; h < heads; ++h) {
-      exponentials(scores + h * TILE_T, to - from, c.softcap, c.D, states[h], sums + h * MAX_D);
+      exponentials(scores + h * TILE_T, n, c.softcap, c.D, states[h], sums + h * MAX_D);
     }
     over_heads(heads, [&](auto count, int64_t h) {
-      weigh<decltype(count)::value>(scores + h * TILE_T, values, to - from, c.D, sums + h * MAX_D);
+      weigh<decltype(count)::value>(scores + h * TILE_T, rows.values, n, c.D, sums + h * MAX_D);
     });
   }
 }

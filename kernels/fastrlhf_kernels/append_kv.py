@@ -33,6 +33,7 @@ from ._checks import (
     check_no_gradient,
     check_shape,
     check_values,
+    values_are_checked,
 )
 from ._library import register
 from ._native import with_unit_stride
@@ -147,8 +148,9 @@ AOT_CONFIGS = [
 
 
 def _slots_in_range(slots: Tensor, k_cache: Tensor) -> None:
-    n_slots = k_cache.shape[0] * k_cache.shape[1]
-    check_values("append_kv", "slots", slots < n_slots, f"below pages * page_size = {n_slots}")
+    if values_are_checked(slots):
+        n_slots = k_cache.shape[0] * k_cache.shape[1]
+        check_values("append_kv", "slots", slots < n_slots, f"below pages * page_size = {n_slots}")
 
 
 def _append_kv_triton(

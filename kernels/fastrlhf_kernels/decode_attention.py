@@ -1,7 +1,7 @@
 """Attention of one new token a sequence over a paged cache of keys and values.
 
     s_t = scale * q . k_t,   then softcap * tanh(s_t / softcap)          (softcap given)
-    out = sum_t exp(s_t) v_t / (sum_t exp(s_t) + exp(sink))              (exp(sink) = 0 without sinks)
+    out = sum_t exp(s_t) v_t / (sum_t exp(s_t) + exp(sink))              (sinks given, else no sink)
 
 over the tokens t of the sequence, first <= t < seq_len, where first is seq_len - window, or 0
 without a window. Token t lies in page block_tables[b, t // page_size], at offset t % page_size.
@@ -54,6 +54,7 @@ from ._checks import (
     check_shape,
     check_values,
     compute_dtype,
+    values_are_checked,
 )
 from ._library import register
 from ._native import pointer, with_unit_stride
@@ -354,15 +355,13 @@ def _check_tables(
     k_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, window: int | None
 ) -> None:
     """Lengths that the tables have room for; pages that are there, for the tokens attended to."""
+    if not values_are_checked(seq_lens):
+        return  # on a GPU what follows would be a dozen launches
     op = "decode_attention"
     pages, page_size = k_cache.shape[:2]
     longest = block_tables.shape[1] * page_size
-    check_values(
-        op,
-        "seq_lens",
-        (seq_lens >= 0) & (seq_lens <= longest),
-        f"in [0, P * page_size = {longest}]",
-    )
+    fits = (seq_lens >= 0) & (seq_lens <= longest)
+    check_values(op, "seq_lens", fits, f"in [0, P * page_size = {longest}]")
     last = (seq_lens[:, None] + page_size - 1) // max(page_size, 1)
     p = torch.arange(block_tables.shape[1], device=block_tables.device)
     used = p < last
@@ -450,7 +449,7 @@ def _decode_attention_native(
     # Few heads for many threads: splits are shared out, and what they give needs a place each.
     P = tables.shape[1]
     splits = -(-P * page_size // CPU_SPLIT)
-    spread = splits > 1 and B * HKV < 4 * _native.nthreads()
+    spread = splits > 1 and 4 * _native.nthreads() > B * HKV
     scratch = q.new_empty(B * HQ * splits * (D + 2), dtype=dtype) if spread else None
     _native.call(
         "decode_attention", q,
