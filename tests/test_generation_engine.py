@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from trainer_fixtures import tiny_model
 
 from fastrlhf.generation import Engine, Outcome, Request, Sampling, Token
+from fastrlhf.generation.graphs import Steps, rounded
 from fastrlhf.generation.pages import PAGE_SIZE, Pages, pages_for
 from fastrlhf.models import LanguageModel
 from fastrlhf_kernels import logprobs_from_logits, sample
@@ -136,6 +137,49 @@ def test_a_slot_that_falls_free_is_refilled_at_once() -> None:
     # First tokens come with the prompts: what is left, two at a time, with nobody waiting.
     assert counters.decoded == sum(r.sampling.max_new_tokens - 1 for r in requests)
     assert counters.steps <= -(-counters.decoded // 2) + 2
+
+
+def test_rows_that_are_not_in_use_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CUDA graph runs a step: rows and block tables rounded up, their number on the device."""
+    model = model_of()
+    requests = asked(14, prompts=5, max_new_tokens=30, end_token_id=END)
+    wanted = Engine(model, slots=6).run(requests)
+
+    def rounded_up(self: Steps) -> Any:
+        n = self.rows.count
+        self.active.fill_(n)
+        slots, pages = self.rows.tables.shape
+        size = min(rounded(n) + 1, slots), min(rounded(self.rows.width), pages)
+        return tuple(column[:n] for column in self.draw(*size, self.active))
+
+    monkeypatch.setattr(Steps, "__call__", rounded_up)
+    found = Engine(model, slots=6).run(requests)
+    assert responses(found) == responses(wanted)
+    torch.testing.assert_close(found.padded(0)[1], wanted.padded(0)[1], atol=1e-5, rtol=0)
+
+
+def test_sizes_of_graphs_are_few_and_close() -> None:
+    assert [rounded(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 17, 25, 100)] == [
+        1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 24, 32, 128,
+    ]  # fmt: skip
+    assert all(n <= rounded(n) <= max(1.5 * n, n + 1) for n in range(1, 2000))
+
+
+def test_the_cache_is_taken_again_where_it_is_kept() -> None:
+    model = model_of()
+    engine = Engine(model, slots=4, pack=False, keep=True)
+    long = asked(9, prompts=4, max_new_tokens=30)
+    wanted = responses(Engine(model, slots=4, pack=False).run(long))
+    assert responses(engine.run(long)) == wanted
+    kept = engine.kept
+    assert kept is not None
+    assert responses(engine.run(long[:3])) == wanted[:3]
+    assert responses(engine.run(long)) == wanted
+    assert engine.kept is kept
+    engine.run(asked(9, temperature=0.5))  # other settings, another step
+    assert engine.kept is not kept
+    engine.release()
+    assert engine.kept is None
 
 
 @pytest.mark.slow

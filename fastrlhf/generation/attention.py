@@ -23,6 +23,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from fastrlhf.generation.pages import PAGE_SIZE, PagedCache
 from fastrlhf_kernels import append_kv, decode_attention
+from fastrlhf_kernels._backends import choose
+from fastrlhf_kernels.append_kv import _append_kv_native
+from fastrlhf_kernels.decode_attention import IMPLEMENTATIONS, _decode_attention_native
 
 NAME = "fastrlhf_paged"
 
@@ -48,6 +51,40 @@ def place(block_tables: Tensor, positions: Tensor) -> Tensor:
     """Slots (B,) of positions (B,), or (B, T) of (B, T), through block tables (B, P)."""
     pages = block_tables.gather(1, (positions // PAGE_SIZE).view(len(block_tables), -1))
     return pages.long().view_as(positions) * PAGE_SIZE + positions % PAGE_SIZE
+
+
+class CacheOps:
+    """append_kv and decode_attention of one new token a sequence, without the checks if need be.
+
+    On the CPU the ops' own checks and registration take about as long as small attention does; the
+    fused step hands over what it made itself, so it calls the C++ kernels at once.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        """like: a tensor of the model's device and dtype."""
+        self.native = choose("decode_attention", (like,), None, IMPLEMENTATIONS) == "cpu"
+
+    def __call__(
+        self,
+        q: Tensor,  # (B, Hq, D)
+        k: Tensor,  # (B, Hkv, D)
+        v: Tensor,  # (B, Hkv, D)
+        batch: Batch,
+        layer: int,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """Write k and v to the cache and let q attend to it -> (B, Hq, D)."""
+        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+        tables, lens = batch.block_tables, batch.seq_lens
+        if self.native:
+            _append_kv_native(k, v, keys, values, batch.slots)
+            return _decode_attention_native(
+                q, keys, values, tables, lens, scale, 0.0, window or 0, None
+            )
+        append_kv(k, v, keys, values, batch.slots)
+        return decode_attention(q, keys, values, tables, lens, scale=scale, window=window)
 
 
 def paged_attention(

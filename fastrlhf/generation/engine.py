@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.generation.decoder import Decoder
 from fastrlhf.generation.fused import Step, fused_step
-from fastrlhf.generation.pages import PAGE_SIZE, PagedCache, Pages
+from fastrlhf.generation.graphs import Steps
+from fastrlhf.generation.pages import PAGE_SIZE, PagedCache, Pages, free_memory, pages_for
 from fastrlhf.generation.requests import Counters, Finish, Outcome, Request, Token
 from fastrlhf.generation.rows import (
     DRAWN,
@@ -38,7 +39,6 @@ from fastrlhf.generation.scheduler import (
     Scheduler,
     pages_needed,
     pages_wanted,
-    worst_case,
 )
 from fastrlhf.generation.stops import StopStrings
 from fastrlhf.models import LanguageModel
@@ -63,6 +63,8 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         fused: bool = True,
         pack: bool = True,
+        graphs: bool = True,
+        keep: bool = False,
     ) -> None:
         """Prepare a model.
 
@@ -74,6 +76,9 @@ class Engine:
             fused: take the fused step where the model has one.
             pack: on a CPU, copy weights for the time of a run to the layout that is fastest to
                 read; takes as much memory again as the weights.
+            graphs: on a GPU, replay the fused step as a CUDA graph.
+            keep: hold the cache and the graphs after a run, and take them again in the next one if
+                they are large enough and its settings are the same; `release` lets them go.
 
         Raises:
             UnsupportedModel: a ValueError that lists what is supported.
@@ -84,7 +89,8 @@ class Engine:
             model = LanguageModel(model).train(model.training)
         self.model = model
         self.slots, self.memory, self.tokenizer = slots, memory, tokenizer
-        self.fused, self.pack = fused, pack
+        self.fused, self.pack, self.graphs, self.keep = fused, pack, graphs, keep
+        self.kept: _Device | None = None
         self.decoder = Decoder(self.model)
         self.decoder.verify()
 
@@ -123,6 +129,10 @@ class Engine:
             finally:
                 self.model.train(was_training)
 
+    def release(self) -> None:
+        """Let go of what `keep` holds."""
+        self.kept = None
+
     def _check(self, requests: Sequence[Request]) -> None:
         """Refuse what cannot be served, before anything runs."""
         budget = self._budget()
@@ -153,21 +163,33 @@ class Engine:
         """Pages that the cache may have."""
         memory = self.memory
         if memory is None:
-            memory = int(_free_memory(self.decoder.device) * MEMORY_SHARE)
+            memory = int(free_memory(self.decoder.device) * MEMORY_SHARE)
         return memory // self.decoder.shape.page_bytes
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # no Linux: what a small machine has
-        return 4 << 30
+class _Device:
+    """What a run needs on the device: cache, rows, and the step with its graphs."""
+
+    def __init__(
+        self, engine: Engine, slots: int, pages: int, context: int, settings: Settings
+    ) -> None:
+        decoder = engine.decoder
+        self.slots, self.pages, self.context = slots, pages, context
+        self.settings = settings
+        cache = PagedCache(decoder.shape, pages, decoder.device)
+        self.rows = Rows(slots, pages_for(context), cache, decoder.device)
+        step: Step | None = None
+        if engine.fused:
+            step = fused_step(engine.model, rows=slots, context=context, pack=engine.pack)
+        captured = engine.graphs and step is not None and decoder.device.type == "cuda"
+        self.steps = Steps(self.rows, step or decoder.step, settings, captured=captured)
+        # Copies of weights would be those of the last run.
+        self.reusable = step is None or not engine.pack or decoder.device.type != "cpu"
+
+    def serves(self, slots: int, pages: int, context: int, settings: Settings) -> bool:
+        """Whether another run can take it over."""
+        large = slots <= self.slots and pages <= self.pages and context <= self.context
+        return self.reusable and large and settings.alike(self.settings)
 
 
 class _Run:
@@ -186,12 +208,20 @@ class _Run:
         n = len(requests)
         slots = max(min(engine.slots, n), 1)
         count = min(pages_wanted(requests, slots), engine._budget())
-        self.pages = Pages(count)
-        self.cache = PagedCache(self.decoder.shape, count, device)
-        self.scheduler = Scheduler(requests, self.pages, slots)
-        self.rows = Rows(slots, max(map(worst_case, requests), default=1), self.cache, device)
-        self.slots = slots
         self.settings = Settings(requests)
+        context = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
+        held = engine.kept
+        if held is None or not held.serves(slots, count, context, self.settings):
+            engine.kept = held = None  # before more memory is taken
+            held = _Device(engine, slots, count, context, self.settings)
+        engine.kept = held if engine.keep else None
+        held.steps.settings = self.settings
+        self.rows, self.steps, self.cache = held.rows, held.steps, held.rows.cache
+        self.rows.seated.clear()
+        count = self.cache.data.shape[2]
+        self.pages = Pages(count)
+        self.scheduler = Scheduler(requests, self.pages, slots)
+        self.slots = slots
         self.stops = StopStrings(engine.tokenizer, requests)
         self.ready: deque[tuple[Admitted, Tensor, Tensor]] = deque()
         self.counters = Counters(slots=slots, pages=count, page_bytes=self.decoder.shape.page_bytes)
@@ -200,11 +230,6 @@ class _Run:
         self.logprobs = torch.zeros((n, longest), device=device)
         self.lengths = [0] * n
         self.finishes: list[Finish] = ["interrupted"] * n
-        step: Step | None = None
-        if engine.fused and longest > 1:
-            context = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
-            step = fused_step(engine.model, rows=slots, context=context, pack=engine.pack)
-        self.step: Step = step or self.decoder.step
 
     def outcome(self) -> Outcome:
         """Run to the end, or to an interrupt."""
@@ -274,8 +299,9 @@ class _Run:
         integers, numbers = columns_of(
             [(s.index, self.requests[s.index]) for s in admitted], self.decoder.device
         )
-        tokens, verdicts = self._draw(logits, integers, numbers)
-        integers[TOKEN] = tokens
+        drawn = self.settings.draw(logits, integers, filters_of(integers, numbers))
+        verdicts, _ = self._keep(drawn, integers)
+        integers[TOKEN] = drawn[0]
         integers[DRAWN] += 1
         for place, (sequence, verdict) in enumerate(zip(admitted, verdicts, strict=True)):
             if verdict is None:
@@ -286,36 +312,33 @@ class _Run:
     def _decode(self) -> None:
         """One step of all seated sequences."""
         n = self.rows.count
-        integers, numbers = self.rows.integers[:, :n], self.rows.numbers[:, :n]
-        logits = self.step(*self.rows.batch(n))
         self.counters.steps += 1
         self.counters.decoded += n
-        tokens, verdicts = self._draw(logits, integers, numbers)
-        self.rows.advance(n, tokens)
+        drawn = self.steps()
+        integers = self.rows.integers[:, :n]
+        verdicts, counts = self._keep(drawn, integers)
+        self.rows.advance(n, drawn[0])
         if any(verdicts):
-            drawn = integers[DRAWN].tolist()
             for row in range(n - 1, -1, -1):
                 if (verdict := verdicts[row]) is not None:
-                    self._finish(self.rows.unseat(row), verdict, drawn[row])
+                    self._finish(self.rows.unseat(row), verdict, counts[row])
 
-    def _draw(
-        self, logits: Tensor, integers: Tensor, numbers: Tensor
-    ) -> tuple[Tensor, list[Finish | None]]:
-        """Draw a token a row, and keep it; tokens (B,), and why responses end with them."""
-        tokens, logprobs, codes = self.settings.draw(
-            logits, integers, filters_of(integers, numbers)
-        )
+    def _keep(
+        self, drawn: tuple[Tensor, Tensor, Tensor], integers: Tensor
+    ) -> tuple[list[Finish | None], list[int]]:
+        """Keep the tokens drawn: why responses end with them, and how many each has now."""
+        tokens, logprobs, codes = drawn
         places = (integers[REQUEST], integers[DRAWN])
         self.tokens.index_put_(places, tokens)
         self.logprobs.index_put_(places, logprobs)
-        verdicts = [FINISHES[code] for code in codes.tolist()]
-        if self.stops.wanted or self.stream is not None:
-            indices, drawn = integers[REQUEST].tolist(), tokens.tolist()
-            if self.stops.wanted:
-                verdicts = self.stops.judge(indices, drawn, verdicts)
-            if self.stream is not None:
-                self.stream(list(map(Token, indices, drawn, logprobs.tolist(), verdicts)))
-        return tokens, verdicts
+        # All that the host needs to know, in one transfer.
+        known = torch.stack((codes, integers[DRAWN] + 1, integers[REQUEST], tokens)).tolist()
+        verdicts, indices = [FINISHES[code] for code in known[0]], known[2]
+        if self.stops.wanted:
+            verdicts = self.stops.judge(indices, known[3], verdicts)
+        if self.stream is not None:
+            self.stream(list(map(Token, indices, known[3], logprobs.tolist(), verdicts)))
+        return verdicts, known[1]
 
     def _finish(self, sequence: Admitted, verdict: Finish, drawn: int) -> None:
         """Close a response of `drawn` tokens and give its pages back."""

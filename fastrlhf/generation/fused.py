@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastrlhf.generation.attention import Batch
+from fastrlhf.generation.attention import Batch, CacheOps
 from fastrlhf.generation.products import Product, packs
 from fastrlhf.models import LanguageModel, is_residual_dropout
-from fastrlhf_kernels import append_kv, decode_attention
 
 LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Rotary positions that are a function of the position alone.
@@ -111,6 +110,7 @@ class LlamaStep:
             for layer in layers
         ]
         self.head = product(model.head)
+        self.attend = CacheOps(model.head.weight)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm (.., H), in fp32, to the dtype of the weight."""
@@ -131,12 +131,9 @@ class LlamaStep:
                 qk[:, :n_q] *= attention.q_norm.weight
                 qk[:, n_q:] *= attention.k_norm.weight
             qk = (qk * cos).addcmul_(qk.roll(D // 2, -1), sin).to(v.dtype)
-            keys, values = batch.cache.keys[i], batch.cache.values[i]
-            append_kv(qk[:, n_q:], v, keys, values, batch.slots)
-            seen = decode_attention(
-                qk[:, :n_q], keys, values, batch.block_tables, batch.seq_lens,
-                scale=self.scale, window=window,
-            )  # fmt: skip
+            seen = self.attend(
+                qk[:, :n_q], qk[:, n_q:], v, batch, i, scale=self.scale, window=window
+            )
             x = out_of.add_to(x, seen.view(B, n_q * D))
             gate_up = gate_up_of(self.norm(x, layer.post_attention_layernorm.weight))
             gate, up = gate_up.chunk(2, -1)
@@ -171,6 +168,7 @@ class GPT2Step:
             for layer in core.h
         ]
         self.head = product(model.head)
+        self.attend = CacheOps(model.head.weight)
 
     def norm(self, x: Tensor, module: nn.LayerNorm) -> Tensor:
         """LayerNorm (B, H), in fp32, to the dtype of the weight."""
@@ -188,11 +186,7 @@ class GPT2Step:
         for i, (layer, qkv_of, out_of, up_of, down_of) in enumerate(self.layers):
             qkv = qkv_of(self.norm(x, layer.ln_1)).view(B, 3, n, -1)
             q, k, v = qkv.unbind(1)
-            keys, values = batch.cache.keys[i], batch.cache.values[i]
-            append_kv(k, v, keys, values, batch.slots)
-            seen = decode_attention(
-                q, keys, values, batch.block_tables, batch.seq_lens, scale=layer.attn.scaling
-            )
+            seen = self.attend(q, k, v, batch, i, scale=layer.attn.scaling)
             x = out_of.add_to(x, seen.view(B, -1))
             up = up_of(self.norm(x, layer.ln_2))
             x = down_of.add_to(x, F.gelu(up, approximate="tanh") if self.tanh_gelu

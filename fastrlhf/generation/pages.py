@@ -89,3 +89,16 @@ class PagedCache:
             device = self.data.device
             index = torch.tensor(targets, device=device)
             self.data[:, :, index] = self.data[:, :, torch.tensor(sources, device=device)]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # no Linux: what a small machine has
+        return 4 << 30

@@ -36,6 +36,10 @@ class Settings:
         self.held = any(s.min_new_tokens > 0 and s.end_token_id is not None for s in samplings)
         """Whether some response may not end at once."""
 
+    def alike(self, other: Settings) -> bool:
+        """Whether a step captured for one draws for the other."""
+        return (self.shared, self.held) == (other.shared, other.held)
+
     def of(self, columns: Sequence[Tensor]) -> dict[str, Any]:
         """Arguments of `sample`; columns: the four settings of the rows."""
         names = ("temperature", "top_k", "top_p", "min_p")
@@ -130,16 +134,28 @@ class Rows:
         self.seated.pop()
         return gone
 
-    def batch(self, rows: int) -> tuple[Tensor, Tensor, Batch]:
-        """Tokens and positions (B,) of the next step, and where they go."""
+    @property
+    def width(self) -> int:
+        """Pages of the longest seated sequence, at its most."""
+        return max(len(sequence.pages) for sequence in self.seated)
+
+    def batch(self, rows: int, width: int, active: Tensor | None) -> tuple[Tensor, Tensor, Batch]:
+        """Tokens and positions (B,) of the next step, and where they go.
+
+        rows, width: how much of the state and of the block tables is looked at; active: (), how
+        many of the rows are in use, where they are not all. A row that is not in use writes
+        nothing, since its pages have gone to others, and sees nothing.
+        """
         positions = self.integers[POSITION, :rows]
-        tables = self.tables[:rows]
-        batch = Batch(
-            cache=self.cache,
-            slots=place(tables, positions),
-            block_tables=tables,
-            seq_lens=(positions + 1).to(torch.int32),
-        )
+        tables = self.tables[:rows, :width]
+        if active is not None:
+            used = torch.arange(rows, device=tables.device) < active
+            positions = torch.where(used, positions, 0)
+        slots, seq_lens = place(tables, positions), (positions + 1).to(torch.int32)
+        if active is not None:
+            slots = torch.where(used, slots, -1)
+            seq_lens = torch.where(used, seq_lens, 0)
+        batch = Batch(cache=self.cache, slots=slots, block_tables=tables, seq_lens=seq_lens)
         return self.integers[TOKEN, :rows], positions, batch
 
     def advance(self, rows: int, tokens: Tensor) -> None:
