@@ -59,6 +59,7 @@ FASTRLHF_KERNEL(append_kv)(const void* k, const void* v, void* k_cache, void* v_
   for (int64_t n = 0; n < N; ++n) {
     if (slots[n] >= pages * page_size) return "slots must be below pages * page_size";
   }
+  if (HKV * D == 0) return nullptr;
   return with_dtype(dtype, [&](auto from) -> const char* {
     return with_dtype(cache_dtype, [&](auto to) -> const char* {
       using From = decltype(from);
