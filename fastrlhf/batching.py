@@ -87,17 +87,12 @@ def cut_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, *, left: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(input_ids (B, T) int64, lengths (B,) int64), padded on the right, or the left."""
+def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(input_ids (B, T) int64, lengths (B,) int64), padded on the right."""
     longest = max(map(len, sequences))
     out = np.full((len(sequences), longest), pad_id, dtype=np.int64)
     for row, tokens in enumerate(sequences):
-        if left:
-            out[row, longest - len(tokens) :] = tokens
-        else:
-            out[row, : len(tokens)] = tokens
+        out[row, : len(tokens)] = tokens
     return torch.from_numpy(out), torch.tensor([len(s) for s in sequences])
 
 

@@ -4,7 +4,8 @@
 
 Writes one JSON line a response: prompt, completion, tokens, logprob (summed, in nats), ended, and
 the prompt's other fields. Samples are a function of the seed, the prompt's place in the file and
-the sample's number, whatever the batch size.
+the sample's number, whatever the batch size; those of one prompt share its work and memory. Ctrl-C
+leaves the responses that are finished in OUT.partial.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 
 from fastrlhf.config import require, resolve
 from fastrlhf.encoding import Recipe, decode, prompt_ids
-from fastrlhf.generation import generate
+from fastrlhf.errors import UserError
+from fastrlhf.generation import Engine, Request, Sampling
 from fastrlhf.models import load_language_model
 from fastrlhf.records import read_prompts
-from fastrlhf.runlog import progress, writable_dir
+from fastrlhf.runlog import writable_dir
 from fastrlhf.tokenizers import load_tokenizer
 
 
@@ -42,6 +44,10 @@ class GenerateConfig:
     """Responses to each prompt."""
     max_response: int = 128
     """Longest response in tokens."""
+    min_response: int = 0
+    """Shortest response in tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, besides the end token."""
     temperature: float = 1.0
     """Logits are divided by it; 0: always the likeliest token."""
     top_k: int = 0
@@ -58,6 +64,12 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name in ("samples", "max_response", "batch_size"):
             require(getattr(self, name) > 0, name, f"must be positive, got {getattr(self, name)}")
+        require(
+            0 <= self.min_response <= self.max_response,
+            "min_response",
+            f"must lie in [0, {self.max_response}] (max_response), got {self.min_response}",
+        )
+        require(all(self.stop), "stop", "an empty string ends every response")
         require(self.temperature >= 0, "temperature", "must not be negative")
         require(self.top_k >= 0, "top_k", "must not be negative")
         require(0 < self.top_p <= 1, "top_p", f"must lie in (0, 1], got {self.top_p}")
@@ -81,36 +93,41 @@ def run(config: GenerateConfig) -> Path:
     )
     ids = prompt_ids(tokenizer, items)
     total = len(items) * config.samples
-    with progress("generate", total, "response") as bar:
-        answers = generate(
-            model,
-            [p for p in ids for _ in range(config.samples)],
-            max_new_tokens=config.max_response,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            seeds=range(config.seed << 32, (config.seed << 32) + total),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            batch_size=config.batch_size,
-            advance=bar.advance,
-        )
-    ended = answers.ended(tokenizer.eos_token_id).tolist()
+    sampling = Sampling(
+        max_new_tokens=config.max_response,
+        min_new_tokens=config.min_response,
+        end_token_id=tokenizer.eos_token_id,
+        stop=config.stop,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+    )
+    first = config.seed << 32
+    requests = [
+        Request(prompt=ids[row // config.samples], seed=first + row, sampling=sampling)
+        for row in range(total)
+    ]
+    engine = Engine(model, slots=config.batch_size, tokenizer=tokenizer)
+    answers = engine.run(requests, progress=True)
+    if broken := answers.finishes.count("error"):
+        raise UserError(f"{config.model}: {broken} of {total} responses met logits that are NaN")
     staging = config.out.with_name(config.out.name + ".partial")
     with staging.open("w", encoding="utf-8") as file:
-        for row, (tokens, n) in enumerate(
-            zip(answers.tokens.tolist(), answers.lengths.tolist(), strict=True)
-        ):
+        for row, answer in enumerate(answers):
+            if answer.finish == "interrupted":
+                continue
             item = items[row // config.samples]
             line = {
                 "prompt": item.prompt,
-                "completion": decode(tokenizer, tokens[:n]),
-                "tokens": n,
-                "logprob": float(answers.logprobs[row].sum()),
-                "ended": ended[row],
+                "completion": decode(tokenizer, answer.tokens),
+                "tokens": len(answer.tokens),
+                "logprob": float(answer.logprobs.sum()),
+                "ended": answer.finish == "end",
             }
             extra = {"user": item.user} if item.user is not None else {}
             file.write(json.dumps(extra | item.extra | line, ensure_ascii=False) + "\n")
+    if answers.interrupted:
+        raise KeyboardInterrupt
     staging.replace(config.out)
     return config.out

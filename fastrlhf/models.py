@@ -101,7 +101,10 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) of hidden states (N, H), with scale and softcap of the model: to sample."""
-        logits = self.head(hidden)
+        return self.scaled(self.head(hidden))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """The head's products (N, V) with scale and softcap of the model."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap:
@@ -307,6 +310,12 @@ def _dropout_hook(p: float) -> Any:
         return F.dropout(output, p, training=module.training)
 
     return hook
+
+
+def is_residual_dropout(hook: Any) -> bool:
+    """Whether a forward hook is one of `set_residual_dropout`, idle in evaluation mode."""
+    code = getattr(hook, "__code__", None)
+    return code is not None and code is _dropout_hook(0.0).__code__
 
 
 def context_of(model: PreTrainedModel) -> int:

@@ -105,13 +105,11 @@ def test_cyclic_indices_of_nothing() -> None:
     assert cyclic_indices(5, 0, 0, 0) == []
 
 
-def test_pad_on_either_side() -> None:
-    right, lengths = pad([[1, 2, 3], [4]], 9)
-    left, _ = pad([[1, 2, 3], [4]], 9, left=True)
-    assert right.tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert left.tolist() == [[1, 2, 3], [9, 9, 4]]
+def test_pad_on_the_right() -> None:
+    padded, lengths = pad([[1, 2, 3], [4]], 9)
+    assert padded.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert lengths.tolist() == [3, 1]
-    assert right.dtype == lengths.dtype == torch.int64
+    assert padded.dtype == lengths.dtype == torch.int64
 
 
 def test_collate_asks_for_what_stands_from_the_start_on() -> None:

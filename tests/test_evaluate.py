@@ -21,7 +21,7 @@ from fastrlhf.encoding import Recipe, document_examples, prompt_ids
 from fastrlhf.errors import UserError
 from fastrlhf.evaluate import EvalConfig
 from fastrlhf.generate_cli import GenerateConfig
-from fastrlhf.generation import generate
+from fastrlhf.generation import Engine, Outcome, Request, generate
 from fastrlhf.metrics import (
     Interval,
     example_losses,
@@ -240,6 +240,58 @@ def test_generate_writes_a_line_a_sample(data: Path, start: Path, tmp_path: Path
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_generate_takes_stop_strings_and_shortest_responses(
+    data: Path, start: Path, tmp_path: Path
+) -> None:
+    def lines(**changes: Any) -> list[dict[str, Any]]:
+        return read_lines(
+            generate_cli.run(
+                GenerateConfig(
+                    model=start, prompts=Path("prompts_test.jsonl"), data=data, samples=2,
+                    max_response=9, out=tmp_path / "out.jsonl", **changes,
+                )
+            )
+        )  # fmt: skip
+
+    word = next(w for line in lines() for w in line["completion"].split()[1:])
+    stopped = lines(stop=(word,))
+    assert any(word in line["completion"] for line in stopped)
+    for line in stopped:
+        assert word not in line["completion"].split()[:-1]
+    assert min(line["tokens"] for line in lines()) < 7
+    assert min(line["tokens"] for line in lines(min_response=7)) >= 7
+
+
+def test_generate_leaves_what_is_finished_when_it_is_interrupted(
+    data: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GenerateConfig(
+        model=start, prompts=Path("prompts_test.jsonl"), data=data, max_response=9,
+        out=tmp_path / "out.jsonl", batch_size=2,
+    )  # fmt: skip
+    wanted = read_lines(generate_cli.run(config))
+    config.out.unlink()
+    run = Engine.run
+
+    def interrupted(self: Engine, requests: list[Request], **options: Any) -> Outcome:
+        finished: list[int] = []
+
+        def advance(n: int) -> None:
+            finished.append(n)
+            if len(finished) == 4:
+                raise KeyboardInterrupt
+
+        return run(self, requests, **(options | {"advance": advance}))
+
+    monkeypatch.setattr(Engine, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate_cli.run(config)
+    assert not config.out.exists()
+    left = read_lines(tmp_path / "out.jsonl.partial")
+    assert 0 < len(left) < len(wanted)
+    assert all(line in wanted for line in left)
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -248,6 +300,8 @@ def test_generate_writes_a_line_a_sample(data: Path, start: Path, tmp_path: Path
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 2.0}, "min_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_response": 129}, "min_response"),
+        ({"stop": ("",)}, "stop"),
     ],
 )
 def test_bad_sampling_names_the_field(changes: dict[str, Any], field: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,6 +132,48 @@ def test_frequencies(backend: Backend, settings: dict) -> None:
     torch.testing.assert_close(
         found.sampled_logprobs.cpu().double(), after.log()[tokens], rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 40},
+        {"top_p": 0.8},
+        {"min_p": 0.05},
+        {"temperature": 1.3, "top_k": 200, "top_p": 0.9, "min_p": 0.01},
+    ],
+    ids=str,
+)
+@pytest.mark.not_on("ref", "millions of sorted rows take an hour")
+@pytest.mark.not_on("interpreted", "millions of rows take days")
+def test_five_million_draws_follow_the_distribution(backend: Backend, settings: dict) -> None:
+    """Chi-squared over all tokens, without filters those of two tiles; the support is exact."""
+    V, n, chunk = 163 if settings else 1100, 5_000_000, 100_000
+    generator = torch.Generator().manual_seed(1)
+    row = 1.5 * torch.randn(V, generator=generator)
+    row[torch.randperm(V, generator=generator)[: V // 20]] = -INF
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    counts = torch.zeros(V, dtype=torch.int64)
+    logits = row.to(backend.device).expand(chunk, V)
+    for first in range(0, n, chunk):
+        seeds = torch.arange(first, first + chunk, device=backend.device)
+        drawn = sample(logits, seeds, seeds % 1000, **settings, backend=backend.name)
+        counts += drawn.tokens.cpu().bincount(minlength=V)
+    kept = kept_oracle(row, **full)
+    p = torch.where(kept, (row.double() / full["temperature"]).softmax(0), 0.0)
+    expected = n * p / p.sum()
+    assert not counts[expected == 0].any()
+    assert bool((counts[expected >= 40] > 0).all())
+    # Tokens of few expected draws are pooled, as the test wants.
+    rare = (expected > 0) & (expected < 10)
+    found = torch.cat([counts[expected >= 10].double(), counts[rare].sum()[None].double()])
+    wanted = torch.cat([expected[expected >= 10], expected[rare].sum()[None]])
+    found, wanted = found[wanted > 0], wanted[wanted > 0]
+    statistic = float(((found - wanted).square() / wanted).sum())
+    assert scipy.stats.chi2.sf(statistic, len(wanted) - 1) > 1e-4, statistic
 
 
 @pytest.mark.not_on(
