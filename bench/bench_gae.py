@@ -41,7 +41,10 @@ def backends() -> list[str]:
     return [name for name in wanted if name in available_backends()]
 
 
-@pytest.mark.parametrize(("B", "T"), [(2048, 128), (512, 1024), (512, 8192)])
+SHAPES = [(2048, 128), (512, 1024), (512, 8192), *([(8192, 2048)] if DEVICE == "cuda" else [])]
+
+
+@pytest.mark.parametrize(("B", "T"), SHAPES)
 def test_gae(compare, B: int, T: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(B, T, generator=generator).to(DEVICE) for _ in range(2))

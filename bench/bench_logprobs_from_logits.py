@@ -58,9 +58,9 @@ def functions() -> dict:
 
 
 def case(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(N, V, generator=generator).to(dtype).to(DEVICE)
-    return logits, torch.randint(0, V, (N,), generator=generator).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logits = torch.randn(N, V, generator=generator, device=DEVICE).to(dtype)
+    return logits, torch.randint(0, V, (N,), generator=generator, device=DEVICE)
 
 
 def ceilings(logits: Tensor, labels: Tensor) -> dict:

@@ -22,10 +22,10 @@ PARTS = ["ceilings", "torch", "peers"]
 
 def case(N: int, H: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, H), weight (V, H), labels (N,)."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, H, generator=generator).to(dtype).to(DEVICE)
-    weight = (torch.randn(V, H, generator=generator) * H**-0.5).to(dtype).to(DEVICE)
-    return hidden, weight, torch.randint(0, V, (N,), generator=generator).to(DEVICE)
+    options = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE}
+    hidden = torch.randn(N, H, **options).to(dtype)
+    weight = (torch.randn(V, H, **options) * H**-0.5).to(dtype)
+    return hidden, weight, torch.randint(0, V, (N,), **options)
 
 
 def products(hidden: Tensor, weight: Tensor, kinds: str) -> Callable[[], None]:
