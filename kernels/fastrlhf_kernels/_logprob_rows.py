@@ -33,14 +33,14 @@ from ._checks import check_labels
 from ._native import pointer
 from ._triton import AotConfig, exp_nonpositive, jit, launch, log1p, on_device, tanh, tl
 
-# Swept on an H200 by bench/sweep.py, 4096 x 151936, before tiles were fetched ahead: forward, of
-# a copy's 4.29 TB/s, 4.14 in fp32 and 2.5 in bf16 with 2048 or 4096 columns on four warps; 3.6 and
-# 1.9 on eight. The width fixes the order of the sums.
+# Swept on an H200 by bench/sweep.py, 4096 x 151936. Forward, of a copy's 4.29 TB/s: 4.14 in fp32
+# and 2.5 in bf16 with 2048 or 4096 columns on four warps, 3.6 and 1.9 on eight. Backward: 3.73 and
+# 2.37 with these, 3.46 and 2.42 on four warps. The forward's width fixes the order of the sums.
 BLOCK_V = 2048
 NUM_WARPS = 4
-BACKWARD_BLOCK_V = 1024
+BACKWARD_BLOCK_V = 2048
 BACKWARD_TILES = 4  # of a program, one after the other
-BACKWARD_NUM_WARPS = 4
+BACKWARD_NUM_WARPS = 8
 
 _ANY_VALUE = (
     *("N", "V", "K", "inner", "outer_stride", "inner_stride", "dx_stride", "first", "bias_start"),
@@ -145,21 +145,13 @@ def combine(m1, rest1, moment1, m2, rest2, moment2, t, UNIT: tl.constexpr):
 def scan_row(
     x, bias, bias_start, V, m, rest, moment, t, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MOMENT: tl.constexpr, UNIT: tl.constexpr,
-    AHEAD: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The state of a row with V more columns behind it."""
     lane = tl.arange(0, BLOCK_V)
     whole = V // BLOCK_V
-    # With AHEAD a tile is on its way while the one before is summed; the last one is asked for once
-    # more.
-    if AHEAD:
-        ahead = tl.load(x + lane, mask=(lane < V) & (whole > 0), other=0.0)
     for i in range(whole):
-        if AHEAD:
-            z = ahead
-            ahead = tl.load(x + tl.minimum(i + 1, whole - 1) * BLOCK_V + lane)
-        else:
-            z = tl.load(x + i * BLOCK_V + lane)
+        z = tl.load(x + i * BLOCK_V + lane)
         z = make_z(z, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, False, HAS_BIAS, HAS_CAP)
         m2, rest2, moment2 = tile_state(z, t, MOMENT, UNIT)
         m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t, UNIT)
@@ -203,7 +195,7 @@ def _forward_kernel(
         moment = tl.load(state + 2 * N + row)
     m, rest, moment = scan_row(
         x, bias, bias_start, tl.where(some, V, 0), m, rest, moment, temperature, scale, cap,
-        HAS_BIAS, HAS_CAP, HAS_ENTROPY, UNIT, not HAS_CAP, BLOCK_V,
+        HAS_BIAS, HAS_CAP, HAS_ENTROPY, UNIT, BLOCK_V,
     )  # fmt: skip
     if END:
         rest = tl.where(some & (m == float("-inf")), float("nan"), rest)
@@ -260,7 +252,7 @@ def _backward_kernel(
     if HAS_ENTROPY:
         upstream = tl.load(grad_entropy + row)
         mean = tl.load(state + 2 * N + row) * share * inverse
-    # As in scan_row, a tile is on its way while the one before is worked on.
+    # A tile is on its way while the one before is worked on.
     ahead = tl.load(x + begin + lane, mask=(begin + lane < V) & some, other=0.0)
     for i in tl.static_range(TILES):
         columns = begin + i * BLOCK_V + lane

@@ -114,7 +114,7 @@ def _sample_kernel(
     t = tl.where(greedy, 1.0, temperature)
     m, rest, moment = float("-inf"), 0.0, 0.0
     m, rest, moment = scan_row(
-        x, x, 0, V, m, rest, moment, t, None, 1.0, False, False, False, False, False, BLOCK_V
+        x, x, 0, V, m, rest, moment, t, None, 1.0, False, False, False, False, BLOCK_V
     )
     bad = (m == float("-inf")) | (rest != rest)
     m = tl.where(bad, 0.0, m)

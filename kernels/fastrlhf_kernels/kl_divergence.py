@@ -159,12 +159,12 @@ def _forward_kernel(
     max_p, rest_p, moment = float("-inf"), 0.0, 0.0
     max_p, rest_p, moment = scan_row(
         p, p, 0, V, max_p, rest_p, moment, temperature, None, 1.0,
-        False, False, False, False, False, BLOCK_V,
+        False, False, False, False, BLOCK_V,
     )  # fmt: skip
     max_q, rest_q, moment = float("-inf"), 0.0, 0.0
     max_q, rest_q, moment = scan_row(
         q, q, 0, V, max_q, rest_q, moment, temperature, None, 1.0,
-        False, False, False, False, False, BLOCK_V,
+        False, False, False, False, BLOCK_V,
     )  # fmt: skip
     shift = log1p(rest_p) - log1p(rest_q)
     total = 0.0
