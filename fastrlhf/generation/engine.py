@@ -117,7 +117,8 @@ class Engine:
         Raises:
             ValueError: a request cannot be served; nothing has run then.
         """
-        self._check(requests)
+        budget = self._budget()
+        self._check(requests, budget)
         with progress_bar("generate", len(requests), "response", enabled=progress) as bar:
             report = advance or (lambda n: bar.advance(n))
             device = self.decoder.device
@@ -125,7 +126,7 @@ class Engine:
             self.model.eval()
             try:
                 with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-                    return _Run(self, requests, stream, report).outcome()
+                    return _Run(self, requests, budget, stream, report).outcome()
             finally:
                 self.model.train(was_training)
 
@@ -133,9 +134,8 @@ class Engine:
         """Let go of what `keep` holds."""
         self.kept = None
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def _check(self, requests: Sequence[Request], budget: int) -> None:
         """Refuse what cannot be served, before anything runs."""
-        budget = self._budget()
         vocabulary = self.model.head.weight.shape[0]
         for index, request in enumerate(requests):
             length, most = len(request.prompt), request.sampling.max_new_tokens
@@ -163,7 +163,10 @@ class Engine:
         """Pages that the cache may have."""
         memory = self.memory
         if memory is None:
-            memory = int(free_memory(self.decoder.device) * MEMORY_SHARE)
+            free = free_memory(self.decoder.device)
+            if self.kept is not None:
+                free += self.kept.rows.cache.data.nbytes
+            memory = int(free * MEMORY_SHARE)
         return memory // self.decoder.shape.page_bytes
 
 
@@ -199,6 +202,7 @@ class _Run:
         self,
         engine: Engine,
         requests: Sequence[Request],
+        budget: int,
         stream: Stream | None,
         report: Callable[[int], None],
     ) -> None:
@@ -207,7 +211,7 @@ class _Run:
         device = self.decoder.device
         n = len(requests)
         slots = max(min(engine.slots, n), 1)
-        count = min(pages_wanted(requests, slots), engine._budget())
+        count = min(pages_wanted(requests, slots), budget)
         self.settings = Settings(requests)
         context = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
         held = engine.kept
