@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DEVICE
+from common import DEVICE, ours
 
-from fastrlhf_kernels import available_backends, gae_varlen
+from fastrlhf_kernels import gae_varlen
 from fastrlhf_kernels.gae_varlen import gae_varlen_ref
 
 
@@ -22,11 +22,9 @@ def test_gae_varlen(compare, G: int, longest: int) -> None:
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(DEVICE)
     total = int(cu_seqlens[-1])
     rewards, values = (torch.randn(total, generator=generator).to(DEVICE) for _ in range(2))
-    wanted = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
     variants = {
         name: lambda name=name: gae_varlen(rewards, values, cu_seqlens, backend=name)
-        for name in wanted
-        if name in available_backends()
+        for name in ours("gae_varlen")
     }
     variants["pad, loop, pack"] = lambda: gae_varlen_ref(rewards, values, cu_seqlens)
     oracle = gae_varlen(rewards.double(), values.double(), cu_seqlens, backend="ref")

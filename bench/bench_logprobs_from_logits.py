@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DEVICE
+from common import DEVICE, ours
 from torch import Tensor
 
-from fastrlhf_kernels import _native, available_backends, logprobs_from_logits
+from fastrlhf_kernels import _native, logprobs_from_logits
 
 SHAPES = (
     [(2048, 50257), (8192, 128256), (8192, 151936)]
@@ -41,11 +41,9 @@ def logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def functions() -> dict:
-    wanted = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
     found = {
         name: lambda x, y, name=name: logprobs_from_logits(x, y, backend=name)
-        for name in wanted
-        if name in available_backends()
+        for name in ours("logprobs_from_logits")
     }
     found["log_softmax().gather()"] = log_softmax_gather
     found["logsumexp"] = logsumexp
@@ -104,18 +102,18 @@ def test_forward(compare, N: int, V: int, dtype: torch.dtype) -> None:
 def test_forward_with_entropy(compare, N: int, V: int, dtype: torch.dtype) -> None:
     """Beside the forward pass without it."""
     logits, labels = case(N, V, dtype)
-    ours = [name for name in functions() if name in available_backends()]
+    names = ours("logprobs_from_logits")
     plain = {
         f"{name}, log-probs alone": lambda name=name: logprobs_from_logits(
             logits, labels, backend=name
         )
-        for name in ours
+        for name in names
     }
     with_entropy = {
         name: lambda name=name: logprobs_from_logits(
             logits, labels, return_entropy=True, backend=name
         )
-        for name in ours
+        for name in names
     }
     compare(
         "logprobs_from_logits",

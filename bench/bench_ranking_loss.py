@@ -19,14 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from common import DEVICE
+from common import DEVICE, ours
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastrlhf_kernels import available_backends, ranking_loss
+from fastrlhf_kernels import ranking_loss
 from fastrlhf_kernels.ranking_loss import ranking_loss_ref
 
-OURS = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
 K_MIN, K_MAX = 4, 9  # Ouyang et al. 2022
 
 
@@ -92,9 +91,9 @@ def test_ranking_loss(compare, G: int, peers: str) -> None:
         loss, _ = f(x, ranks, group_sizes, **backend)
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
-    ours = [name for name in OURS if name in available_backends()]
+    names = ours("ranking_loss")
     variants: dict[str, Callable[[], Any]] = {
-        name: lambda name=name: both(ranking_loss, scores, backend=name) for name in ours
+        name: lambda name=name: both(ranking_loss, scores, backend=name) for name in names
     }
     if peers == "vectorised":
         variants["padded"] = lambda: both(padded, scores)

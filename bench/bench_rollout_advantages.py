@@ -18,11 +18,10 @@ from functools import partial
 import pytest
 import torch
 from bench_gae import verl_loop
-from common import DEVICE
+from common import DEVICE, ours
 from torch import Tensor
 
 from fastrlhf_kernels import (
-    available_backends,
     gae,
     kl_penalty,
     rollout_advantages,
@@ -34,7 +33,6 @@ from fastrlhf_kernels.rollout_advantages import rollout_advantages_ref
 BETA, LAM = 0.05, 0.95  # gamma is 1
 BYTES_A_TOKEN = 29
 BLOCK = 128
-OURS = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -101,7 +99,7 @@ def test_rollout_advantages(compare, B: int, T: int) -> None:
     values, scores = (torch.randn(s, generator=generator) for s in ((B, T), (B,)))
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=generator)
     args = [x.to(DEVICE) for x in (logprobs, ref_logprobs, values, scores, mask)]
-    names = [name for name in OURS if name in available_backends()]
+    names = ours("rollout_advantages")
     variants = {
         name: partial(rollout_advantages, *args, beta=BETA, lam=LAM, backend=name) for name in names
     }

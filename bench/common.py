@@ -14,6 +14,7 @@ each benchmark's `extra_info["rows"]`, beside pytest-benchmark's record of machi
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import statistics
 import time
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastrlhf_kernels import available_backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several times the largest L2, and long enough that the host has enqueued what is timed before the
@@ -32,6 +35,13 @@ MAX_SECONDS = 2.0  # a variant slower than this in its warm-up gets fewer rounds
 ROUNDS = 15
 
 Variant = Callable[[], Any]
+
+
+def ours(op: str) -> list[str]:
+    """The backends of `op` that run on DEVICE here, but for the reference."""
+    has = importlib.import_module(f"fastrlhf_kernels.{op}").IMPLEMENTATIONS
+    wanted = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
+    return [name for name in wanted if name in has and name in available_backends()]
 
 
 @dataclasses.dataclass

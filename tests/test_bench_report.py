@@ -1,13 +1,18 @@
-"""bench/report.py: the README's table from files of results, and its exit codes."""
+"""bench/report.py: the README's table from files of results, its exit codes; whose rows are ours."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import common
 import pytest
 import report
+
+from fastrlhf_kernels import _aot
+from fastrlhf_kernels._backends import BACKENDS
 
 
 def row(variant: str, median: float, error: float | None = 1e-6, **changes: Any) -> dict[str, Any]:
@@ -157,3 +162,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_readme_is_up_to_date() -> None:
     assert report.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("op", _aot.ops())
+def test_benchmarks_ask_only_for_backends_that_an_op_has(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU machine, most of all, where `cuda` is there and most ops do not have it."""
+    has = importlib.import_module(f"fastrlhf_kernels.{op}").IMPLEMENTATIONS
+    monkeypatch.setattr(common, "available_backends", lambda: BACKENDS)
+    monkeypatch.setattr(common, "DEVICE", "cuda")
+    assert common.ours(op) == [name for name in ("triton", "cuda") if name in has]
+    monkeypatch.setattr(common, "DEVICE", "cpu")
+    assert common.ours(op) == ["cpu"]

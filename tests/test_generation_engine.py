@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -351,6 +352,15 @@ def test_logits_that_are_no_numbers_end_that_response_alone(fused: bool) -> None
     assert (outcome[20].tokens, outcome[20].finish) == ([], "error")
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Python's own handler, also where a shell started the tests with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_returns_what_is_finished() -> None:
     requests = asked(12, prompts=5)
     wanted = Engine(model_of()).run(requests)
