@@ -1,4 +1,4 @@
-"""bench/report.py: the README's table from files of results, its exit codes; whose rows are ours."""
+"""bench/report.py: the README's table from files of results; bench/common.py: which are ours."""
 
 from __future__ import annotations
 
