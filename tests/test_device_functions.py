@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import _triton
+from fastrlhf_kernels._logprob_rows import exponent
 from fastrlhf_kernels._triton import (
     exp,
-    exp_scaled,
+    exp_nonpositive,
     expm1,
     jit,
     log1p,
@@ -45,9 +46,11 @@ def apply_exp(x, out, n, BLOCK: tl.constexpr):
 
 
 @jit()
-def apply_exp_scaled(x, out, m, temperature, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(out + i, exp_scaled(tl.load(x + i), m, temperature))
+def apply_share(x, out, m, temperature, n, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The share of a logit in a row whose maximum is m."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(x + i, mask=i < n, other=0.0)
+    tl.store(out + i, exp_nonpositive(exponent(z, m, temperature, UNIT)), mask=i < n)
 
 
 @jit()
@@ -97,16 +100,32 @@ def test_limits() -> None:
     assert torch.equal(out[3][[0, 3]], softplus_limits)
 
 
-def test_exp_scaled_keeps_large_offsets_exact() -> None:
-    x = torch.tensor([1e4, 1e4 - 0.5, 1e4 - 3.0, -math.inf], device=DEVICE)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1e-30, 1e37])
+def test_shares_keep_large_offsets_exact(temperature: float) -> None:
+    down = torch.tensor([0.0, 0.5, 3.0, 20.0, 80.0])
+    x = torch.cat([1e4 - down * min(temperature, 1.0), torch.tensor([-math.inf])]).to(DEVICE)
     out = torch.empty_like(x)
-    apply_exp_scaled[(1,)](x, out, 1e4, 0.7, 4)
-    exact = ((x.double() - 1e4) / 0.7).exp()
-    assert relative_error(out, exact) < 8 * EPS
-    assert out[3] == 0.0
-    nothing = torch.full_like(x, -math.inf)
-    apply_exp_scaled[(1,)](nothing, out, -math.inf, 1.0, 4)
-    assert torch.equal(out, torch.zeros_like(x))
+    apply_share[(1,)](x, out, 1e4, temperature, 6, temperature == 1.0, 8)
+    exact = ((x.double() - 1e4) / temperature).exp()
+    assert relative_error(out, exact) < (8 if DEVICE == "cuda" else 48) * EPS  # see below
+    assert out[0] == 1.0
+    assert out[5] == 0.0
+
+
+def test_shares_everywhere() -> None:
+    x = torch.linspace(-87.0, 0.0, 8000, device=DEVICE)
+    out = torch.empty_like(x)
+    apply_share[(math.ceil(x.numel() / BLOCK),)](x, out, 0.0, 1.0, x.numel(), True, BLOCK)
+    # The interpreter rounds the product of tl.fma, which is what a GPU's is there to avoid.
+    ulps = 4.0 + (0.5 * x.double().abs() if DEVICE == "cpu" else 0.0)
+    exact = x.double().exp()
+    assert bool(((out.double() - exact).abs() <= ulps * EPS * exact).all())
+    x = torch.tensor([-math.inf, -3e38, -200.0, math.nan], device=DEVICE)
+    for unit in (True, False):
+        out = torch.empty_like(x)
+        apply_share[(1,)](x, out, 0.0, 1.0, 4, unit, 4)
+        assert torch.equal(out[:3], torch.zeros_like(out[:3]))
+        assert bool(out[3].isnan())
 
 
 def test_philox_draws_the_reference_s_numbers() -> None:

@@ -28,7 +28,6 @@ __all__ = [
     "aligned",
     "exp",
     "exp_nonpositive",
-    "exp_scaled",
     "expm1",
     "jit",
     "launch",
@@ -119,7 +118,7 @@ if triton is not None:
     )  # 15 bits: a whole number below 2^9 times it is exact
     LN2_LOW = tl.constexpr(1.428606765330187e-06)
     LN2_TOP = tl.constexpr(0.693147182464599609375)  # ln 2 in fp32, and what it lacks
-    LN2_REST = tl.constexpr(-1.904654299957768e-09)
+    LN2_REST = tl.constexpr(-1.904654323148236e-09)
     TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 
 
@@ -142,22 +141,12 @@ def exp_nonpositive(u):
     """exp(u) to a few ulp for u in [-150, 0]; 0 where it is no normal number, exactly 1 at 0.
 
     The rounding of u * log2(e), which exp2 would raise to |u| ulp, is found by an exact product and
-    made good.
+    made good. (The interpreter rounds that product: there, |u| / 2 ulp.)
     """
     a = u * LOG2E
     e = tl.exp2(a)
     off = tl.fma(a, -LN2_REST, tl.fma(a, -LN2_TOP, u))
     return tl.fma(e, off, e)
-
-
-@jit()
-def exp_scaled(x, m, t):
-    """exp((x - m) / t), 0 where x is -inf, even where m is too.
-
-    The maximum is subtracted before scaling: folded into the scaled load, a large offset would cost
-    digits.
-    """
-    return tl.where(x == float("-inf"), 0.0, exp((x - m) / t))
 
 
 @jit()
