@@ -40,7 +40,7 @@ PolicySums policy_tile(const A* logprobs, const A* old_logprobs, const A* advant
   constexpr A bound = MAX_LOG_RATIO;
   Sum<V> loss, squares, ratios;
   V top{};
-  int64_t valid = 0, clips = 0;
+  mask_t<V> valid{}, clips{};  // -1 for each of a lane
   each_vector<V>(n, [&](int64_t i, int k) {
     const mask_t<V> m = load_mask<V>(mask, i, k);
     const V x = keep<V>(m, load_k(logprobs + i, k) - load_k(old_logprobs + i, k));
@@ -54,14 +54,14 @@ PolicySums policy_tile(const A* logprobs, const A* old_logprobs, const A* advant
     squares.add(A(0.5) * d * d);
     ratios.add(keep<V>(m, ratio));
     top = vmax(keep<V>(m, ratio), top);
-    valid += count(m);
-    clips += count(is_clipped);
+    valid += m;
+    clips += is_clipped;
     if (gradient != nullptr) {
       store_k(gradient + i, keep<V>(~is_clipped & (x >= -bound) & (x <= bound), plain), k);
     }
   });
-  return {static_cast<double>(valid), loss.total(),   static_cast<double>(clips),
-          squares.total(),            ratios.total(), static_cast<double>(hmax(top))};
+  return {static_cast<double>(count(valid)), loss.total(),   static_cast<double>(count(clips)),
+          squares.total(),                   ratios.total(), static_cast<double>(hmax(top))};
 }
 
 }  // namespace

@@ -103,6 +103,16 @@ FASTRLHF_HD A clamp_score(A score, A clip) {  // clip below 0: as it is; a NaN s
   return score > clip ? clip : score < -clip ? -clip : score;
 }
 
+// The last nonzero byte of mask[begin] to mask[end - 1]; begin - 1 if there is none.
+inline int64_t last_valid(const uint8_t* mask, int64_t begin, int64_t end) {
+  for (uint64_t eight; end - begin >= 8; end -= 8) {
+    __builtin_memcpy(&eight, mask + end - 8, sizeof(eight));
+    if (eight != 0) break;
+  }
+  while (end > begin && mask[end - 1] == 0) --end;
+  return end - 1;
+}
+
 }  // namespace
 }  // namespace fastrlhf::FASTRLHF_ISA
 #endif

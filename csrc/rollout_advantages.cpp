@@ -46,11 +46,11 @@ void reward_steps(RolloutRow<A>& row, const uint8_t* mask, int64_t begin, int64_
     store_k(row.kl + t, kl, k);
     store_k(row.rewards + t, keep<V>(valid, kl * minus_beta), k);
   });
-  for (int64_t t = end - 1; !row.scored && t >= begin; --t) {
-    if (mask[t] == 0) continue;
-    row.rewards[t] += row.score;
-    row.scored = true;
-  }
+  if (row.scored) return;
+  const int64_t last = last_valid(mask, begin, end);
+  if (last < begin) return;
+  row.rewards[last] += row.score;
+  row.scored = true;
 }
 
 template <int E, class A>

@@ -23,12 +23,6 @@ namespace {
 
 constexpr int64_t GRAIN_TOKENS = 16384;
 
-inline int64_t last_valid(const uint8_t* mask, int64_t T) {  // -1: none
-  int64_t t = T - 1;
-  while (t >= 0 && mask[t] == 0) --t;
-  return t;
-}
-
 // out = beta_minus * x at valid tokens, 0 elsewhere
 template <class A>
 void scale_valid(const A* x, const uint8_t* mask, A* out, int64_t T, A minus_beta) {
@@ -58,7 +52,7 @@ FASTRLHF_KERNEL(shape_rewards)(const void* scores, const void* kl, const uint8_t
       const uint8_t* valid = mask + b * mask_stride;
       A* out = static_cast<A*>(rewards) + b * T;
       scale_valid(static_cast<const A*>(kl) + b * kl_stride, valid, out, T, static_cast<A>(-beta));
-      const int64_t last = last_valid(valid, T);
+      const int64_t last = last_valid(valid, 0, T);
       if (last < 0) return;
       out[last] += clamp_score(static_cast<const A*>(scores)[b], static_cast<A>(clip));
     });
@@ -76,7 +70,7 @@ FASTRLHF_KERNEL(shape_rewards_backward)(const void* grad, const void* scores, co
       const uint8_t* valid = mask + b * mask_stride;
       const A* g = static_cast<const A*>(grad) + b * T;
       scale_valid(g, valid, static_cast<A*>(d_kl) + b * T, T, static_cast<A>(-beta));
-      const int64_t last = last_valid(valid, T);
+      const int64_t last = last_valid(valid, 0, T);
       const A score = static_cast<const A*>(scores)[b];
       const bool passes = last >= 0 && (clip < 0 || s_abs(score) <= static_cast<A>(clip));
       static_cast<A*>(d_scores)[b] = passes ? g[last] : A(0);

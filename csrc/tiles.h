@@ -23,10 +23,6 @@ namespace {
 constexpr int64_t TILE = 1024;
 constexpr int64_t GRAIN_TILES = 8;  // worth waking a thread for; about 10 us
 
-typedef uint8_t vbf __attribute__((vector_size(FASTRLHF_VEC_BYTES / 4)));  // a byte a lane of vf
-typedef uint8_t vbd __attribute__((vector_size(FASTRLHF_VEC_BYTES / 8)));  // a byte a lane of vd
-typedef float vhalf __attribute__((vector_size(FASTRLHF_VEC_BYTES / 2)));  // half a vf
-
 template <class V>
 struct mask_of {
   using lanes = vi;
@@ -70,7 +66,7 @@ FASTRLHF_INLINE mask_t<V> load_mask(const uint8_t* mask, int64_t i, int k) {
   } else {
     for (int j = 0; j < k; ++j) b[j] = mask == nullptr ? 1 : mask[i + j];
   }
-  return __builtin_convertvector(b, mask_t<V>) != 0;
+  return widen(b) != 0;
 }
 
 template <class V>
@@ -94,15 +90,14 @@ template <class V>
 struct Sum {  // of vf
   vd low{}, high{};
   void add(vf x) {
-    vhalf half[2];
-    __builtin_memcpy(half, &x, sizeof(x));
-    low += __builtin_convertvector(half[0], vd);
-    high += __builtin_convertvector(half[1], vd);
+    vd a, b;
+    widen(x, a, b);
+    low += a;
+    high += b;
   }
   void add_square(vf x) {  // in fp32 the square of 1e20 is infinite and that of 1e-24 zero
-    vhalf half[2];
-    __builtin_memcpy(half, &x, sizeof(x));
-    const vd a = __builtin_convertvector(half[0], vd), b = __builtin_convertvector(half[1], vd);
+    vd a, b;
+    widen(x, a, b);
     low += a * a;
     high += b * b;
   }
@@ -147,20 +142,21 @@ struct Moments {
 template <class V, class Get, class Valid>
 inline Moments tile_moments(int64_t n, const Get& get, const Valid& valid) {
   elem_t<V> shift = 0;
-  int64_t found = 0;
+  bool found = false;
+  mask_t<V> tally{};  // -1 for each valid element of a lane
   Sum<V> sum;
   each_vector<V>(n, [&](int64_t i, int k) {
     const mask_t<V> m = valid(i, k);
     const V x = get(i, k);
-    for (int j = 0; found == 0 && j < k; ++j) {
-      if (m[j]) shift = x[j], found = 1;
+    for (int j = 0; !found && j < k; ++j) {
+      if (m[j]) shift = x[j], found = true;
     }
     sum.add(keep<V>(m, x - shift));
-    found += count(m);
+    tally += m;
   });
   Moments result;
-  if (found == 0) return result;
-  result.n = static_cast<double>(found - 1);  // the first one was counted twice
+  if (!found) return result;
+  result.n = static_cast<double>(count(tally));
   const double centre = sum.total() / result.n;
   Sum<V> squares;
   each_vector<V>(n, [&](int64_t i, int k) {

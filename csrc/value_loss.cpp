@@ -35,7 +35,7 @@ ValueSums value_tile(const A* values, const A* old_values, const A* returns, con
                      A* gradient, int64_t n, A clip) {
   using V = vec_t<A>;
   Sum<V> loss;
-  int64_t clips = 0;
+  mask_t<V> clips{};  // -1 for each of a lane
   each_vector<V>(n, [&](int64_t i, int k) {
     const mask_t<V> m = load_mask<V>(mask, i, k);
     const V v = keep<V>(m, load_k(values + i, k));
@@ -51,7 +51,7 @@ ValueSums value_tile(const A* values, const A* old_values, const A* returns, con
       const mask_t<V> is_clipped = clipped * clipped > plain * plain;
       error = select(is_clipped, clipped, plain);
       moves = ~is_clipped;  // where the clipped term is the larger, the value was clamped
-      clips += count(is_clipped);
+      clips += is_clipped;
     }
     loss.add(error * error);
     if (gradient != nullptr) store_k(gradient + i, keep<V>(moves, plain), k);
@@ -59,7 +59,7 @@ ValueSums value_tile(const A* values, const A* old_values, const A* returns, con
   const auto valid = [&](int64_t i, int k) { return load_mask<V>(mask, i, k); };
   ValueSums sums;
   sums.loss = loss.total();
-  sums.clipped = static_cast<double>(clips);
+  sums.clipped = static_cast<double>(count(clips));
   sums.returns =
       tile_moments<V>(n, [&](int64_t i, int k) { return load_k(returns + i, k); }, valid);
   sums.errors = tile_moments<V>(

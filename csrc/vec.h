@@ -116,6 +116,7 @@ FASTRLHF_INLINE V vmin(V a, V b) {
 #if defined(__AVX512F__)
 // The maskz forms: GCC 12 warns that the plain ones read an uninitialised register. Same code.
 constexpr __mmask16 ALL_LANES = 0xffff;
+constexpr __mmask8 ALL_DOUBLES = 0xff;
 
 FASTRLHF_INLINE vf vmax(vf a, vf b) { return _mm512_maskz_max_ps(ALL_LANES, a, b); }
 FASTRLHF_INLINE vf vmin(vf a, vf b) { return _mm512_maskz_min_ps(ALL_LANES, a, b); }
@@ -137,7 +138,52 @@ FASTRLHF_INLINE V vfma(V a, V b, V c) {  // -ffp-contract=fast fuses it
 
 // ---- conversions of one element, and of a vector's worth
 
-FASTRLHF_INLINE vf widen_bf16(vh h) { return bits_as<vf>(__builtin_convertvector(h, vu) << 16); }
+// Lanes made wider. Of __builtin_convertvector GCC 12 makes loads of single bytes here (fifty
+// instructions for a mask), and for floats a way through memory: so intrinsics where there are some.
+typedef float vhalf __attribute__((vector_size(FASTRLHF_VEC_BYTES / 2)));  // half a vf
+typedef uint8_t vbf __attribute__((vector_size(FASTRLHF_VEC_BYTES / 4)));  // a byte a lane of vf
+typedef uint8_t vbd __attribute__((vector_size(FASTRLHF_VEC_BYTES / 8)));  // a byte a lane of vd
+
+#if defined(__AVX512F__)
+FASTRLHF_INLINE vu widen(vh h) {
+  return bits_as<vu>(_mm512_maskz_cvtepu16_epi32(ALL_LANES, bits_as<__m256i>(h)));
+}
+FASTRLHF_INLINE vi widen(vbf b) {
+  return bits_as<vi>(_mm512_maskz_cvtepu8_epi32(ALL_LANES, bits_as<__m128i>(b)));
+}
+FASTRLHF_INLINE vl widen(vbd b) {
+  const __m128i bytes = _mm_cvtsi64_si128(bits_as<int64_t>(b));
+  return bits_as<vl>(_mm512_maskz_cvtepu8_epi64(ALL_DOUBLES, bytes));
+}
+FASTRLHF_INLINE void widen(vf x, vd& low, vd& high) {
+  low = _mm512_maskz_cvtps_pd(ALL_DOUBLES, _mm512_maskz_extractf32x8_ps(ALL_DOUBLES, x, 0));
+  high = _mm512_maskz_cvtps_pd(ALL_DOUBLES, _mm512_maskz_extractf32x8_ps(ALL_DOUBLES, x, 1));
+}
+#elif defined(__AVX2__)
+FASTRLHF_INLINE vu widen(vh h) { return bits_as<vu>(_mm256_cvtepu16_epi32(bits_as<__m128i>(h))); }
+FASTRLHF_INLINE vi widen(vbf b) {
+  return bits_as<vi>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(b))));
+}
+FASTRLHF_INLINE vl widen(vbd b) {
+  return bits_as<vl>(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bits_as<int32_t>(b))));
+}
+FASTRLHF_INLINE void widen(vf x, vd& low, vd& high) {
+  low = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 0));
+  high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+}
+#else
+FASTRLHF_INLINE vu widen(vh h) { return __builtin_convertvector(h, vu); }
+FASTRLHF_INLINE vi widen(vbf b) { return __builtin_convertvector(b, vi); }
+FASTRLHF_INLINE vl widen(vbd b) { return __builtin_convertvector(b, vl); }
+FASTRLHF_INLINE void widen(vf x, vd& low, vd& high) {
+  vhalf half[2];
+  __builtin_memcpy(half, &x, sizeof(x));
+  low = __builtin_convertvector(half[0], vd);
+  high = __builtin_convertvector(half[1], vd);
+}
+#endif
+
+FASTRLHF_INLINE vf widen_bf16(vh h) { return bits_as<vf>(widen(h) << 16); }
 
 FASTRLHF_INLINE vu round_to_bf16(vf x) {  // the result is the upper half of each lane
   const vu u = bits_as<vu>(x);
@@ -160,7 +206,7 @@ FASTRLHF_INLINE vh narrow_f16(vf x) {
 }
 #else
 FASTRLHF_INLINE vf widen_f16(vh h) {
-  const vu u = __builtin_convertvector(h, vu);
+  const vu u = widen(h);
   const vu magnitude = u & 0x7fffu;
   // The half's exponent and mantissa, read as a float's, are 2^112 too small, denormals included.
   const vf finite = bits_as<vf>(magnitude << 13) * 0x1p112f;
