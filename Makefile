@@ -5,7 +5,7 @@
 #
 #   make demo ARGS="--help"              arguments for `fastrlhf demo`
 #   make test TEST_ARGS="-k gae -x"      arguments for pytest; WORKERS=4 for pytest-xdist
-#   make bench ARGS="-k gae"             arguments for the benchmarks
+#   make bench ARGS="gae whiten"         arguments for `fastrlhf bench`
 #   make PYTHON=python3.12 test          another Python for .venv
 
 PYTHON ?= python3
@@ -17,6 +17,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILT := .venv/.built
 INSTALLED := .venv/.installed
+PEERS := .venv/.peers
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.py)
 OPS := $(basename $(notdir $(wildcard kernels/fastrlhf_kernels/[a-z]*.py)))
 ASAN_TESTS := $(OPS:%=tests/test_%.py) $(wildcard tests/test_linear_heads.py) tests/test_build.py \
@@ -47,10 +48,11 @@ asan: $(INSTALLED)
 	  $(BIN)/python -m pytest -m "not slow" -k "cpu or baseline or avx2 or avx512 or pool" \
 	  -n $(WORKERS) --dist loadfile $(ASAN_TESTS) $(TEST_ARGS)
 
-bench: $(BUILT)
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+# Results and plots to bench/results/<machine>/, and from them the README's tables.
+bench: $(BUILT) $(PEERS)
+	$(BIN)/fastrlhf bench $(ARGS)
 
-# The README's table, from bench/results; ARGS=--check says whether it is up to date.
+# The README's tables again; ARGS=--check says whether they are up to date.
 bench-report: $(INSTALLED)
 	$(BIN)/python bench/report.py $(ARGS)
 
@@ -76,6 +78,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test]"
 	touch $@ $(BUILT)
 	@$(BIN)/python -c '$(SAY_PARTS)'
+
+# What benchmarks compare with; rows of a peer that cannot be had say so.
+$(PEERS): $(INSTALLED)
+	-$(PIP) install -c constraints.txt -e ".[bench]" --no-build-isolation && touch $@
 
 # The extensions again, after a change to their sources alone.
 $(BUILT): $(INSTALLED) $(NATIVE)

@@ -1,4 +1,4 @@
-"""decode_attention beside torch's scaled_dot_product_attention, and flash-attn where it is there.
+"""decode_attention beside torch's scaled_dot_product_attention, and flash-attn.
 
     pytest bench/bench_decode_attention.py
 
@@ -13,7 +13,8 @@ import math
 
 import pytest
 import torch
-from common import DEVICE
+from common import DEVICE, Variant
+from peers import each, flash_decode
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -35,14 +36,6 @@ if DEVICE == "cuda":
         (256, 32, 8, 128, 1024),
         (1, 32, 8, 128, 32768),
     ]
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-    """flash-attn's paged decode kernel; ImportError where it is not installed."""
-    from flash_attn import flash_attn_with_kvcache
-
-    found = flash_attn_with_kvcache(q[:, None], k, v, cache_seqlens=lengths, block_table=tables)
-    return found[:, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -73,7 +66,7 @@ def test_decode_attention(
 
     mask = torch.arange(T, device=DEVICE) < lengths[:, None, None, None]
     together = [x.contiguous() for x in gathered()]
-    variants = {
+    variants: dict[str, Variant] = {
         name: lambda name=name: decode_attention(*args, backend=name)
         for name in (("triton",) if DEVICE == "cuda" else ("cpu",))
         if name in available_backends()
@@ -87,13 +80,8 @@ def test_decode_attention(
 
     variants["sdpa"] = lambda: attend(*together)
     variants["gather, sdpa"] = lambda: attend(*gathered())
-    if DEVICE == "cuda" and dtype != torch.float32:
-        try:
-            flash(*args)
-        except ImportError:
-            pass
-        else:
-            variants["flash-attn"] = lambda: flash(*args)
+    if dtype != torch.float32:  # which flash-attn does not take
+        variants |= each({"flash-attn": flash_decode()}, lambda f: f(*args))
     tokens = int(lengths.sum())
     compare(
         "decode_attention",

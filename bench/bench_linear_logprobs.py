@@ -11,60 +11,53 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DEVICE, ours
-from linear_cases import PARTS, case, products, trl_logprobs
+from common import DEVICE, Missing, ours
+from linear_cases import case, cases, products
+from peers import each, trl_chunked_head
 from torch import Tensor
 
 from fastrlhf_kernels import linear_logprobs
 
-SHAPES = (
-    [(4096, 2048, 50257), (4096, 4096, 131072), (8192, 4096, 151936)]
-    if DEVICE == "cuda"
-    else [(2048, 128, 163), (2048, 512, 50257)]
+CASES = cases(
+    cpu=[(2048, 128, 163)],
+    gpu=[(4096, 2048, 50257), (4096, 4096, 131072), (8192, 4096, 151936)],
 )
-DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cpu" else [torch.bfloat16]
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
-def functions(part: str) -> dict:
+def functions() -> dict:
     found = {
         name: lambda h, w, y, name=name: linear_logprobs(h, w, y, backend=name)
         for name in ours("linear_logprobs")
     }
-    if part == "torch":
-        found["product, log_softmax, gather"] = plain
-        found["the same, torch.compile"] = torch.compile(plain, dynamic=True)
-    trl = trl_logprobs() if part == "peers" else None
-    if trl is not None:
-        found["TRL"] = lambda h, w, y: trl(h, w, y, False)[0]
+    found["product, log_softmax, gather"] = plain
+    found["the same, torch.compile"] = torch.compile(plain, dynamic=True)
+    head = trl_chunked_head()
+    found["TRL"] = head if isinstance(head, Missing) else lambda h, w, y: head(h, w, y, False)[0]
     return found
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "H", "V"), SHAPES)
-def test_forward(compare, N: int, H: int, V: int, dtype: torch.dtype, part: str) -> None:
+@pytest.mark.parametrize(("N", "H", "V", "dtype"), CASES, ids=str)
+def test_forward(compare, N: int, H: int, V: int, dtype: torch.dtype) -> None:
     hidden, weight, labels = case(N, H, V, dtype)
     oracle = linear_logprobs(hidden.double(), weight.double(), labels, backend="ref")
     compare(
         "linear_logprobs",
-        {name: lambda f=f: f(hidden, weight, labels) for name, f in functions(part).items()},
+        each(functions(), lambda f: f(hidden, weight, labels)),
         shape=f"N={N} H={H} V={V} forward",
         dtype=dtype,
         oracle=oracle,
         tolerance=0.1 if dtype == torch.bfloat16 else 1e-4,
-        ceilings={"bare product": products(hidden, weight, "z")} if part == "ceilings" else None,
+        ceilings={"bare product": products(hidden, weight, "z")},
         flops=2 * N * V * H,
     )
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "H", "V"), SHAPES)
-def test_with_gradient(compare, N: int, H: int, V: int, dtype: torch.dtype, part: str) -> None:
+@pytest.mark.parametrize(("N", "H", "V", "dtype"), CASES, ids=str)
+def test_with_gradient(compare, N: int, H: int, V: int, dtype: torch.dtype) -> None:
     hidden, weight, labels = case(N, H, V, dtype)
     upstream = torch.randn(N, device=DEVICE)
 
@@ -77,11 +70,11 @@ def test_with_gradient(compare, N: int, H: int, V: int, dtype: torch.dtype, part
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     compare(
         "linear_logprobs",
-        {name: lambda f=f: both(f, *leaves) for name, f in functions(part).items()},
+        each(functions(), lambda f: both(f, *leaves)),
         shape=f"N={N} H={H} V={V} forward+backward",
         dtype=dtype,
         oracle=oracle,
         tolerance=1.0 if dtype == torch.bfloat16 else 1e-3,
-        ceilings={"four bare products": products(*leaves, "zzwh")} if part == "ceilings" else None,
+        ceilings={"four bare products": products(*leaves, "zzwh")},
         flops=8 * N * V * H,
     )

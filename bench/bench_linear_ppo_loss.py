@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import DEVICE, ours
-from linear_cases import PARTS, case, products, trl_logprobs
+from common import DEVICE, Missing, ours
+from linear_cases import case, products
+from peers import each, trl_chunked_head
 from torch import Tensor
 
 from fastrlhf_kernels import linear_logprobs, linear_ppo_loss, policy_loss
@@ -42,30 +43,28 @@ def recomputing(h: Tensor, w: Tensor, y: Tensor, old: Tensor, A: Tensor, backend
     return policy_loss(logprobs, old, A, backend=backend)[0] - ENTROPY_COEF * entropy.mean()
 
 
-def functions(part: str) -> dict:
+def functions() -> dict:
     found = {
         name: lambda *args, name=name: linear_ppo_loss(
             *args, entropy_coef=ENTROPY_COEF, backend=name
         )[0]
         for name in ours("linear_ppo_loss")
     }
-    if part == "ceilings":
-        for name in list(found):
-            found[f"{name}, recomputing"] = lambda *args, name=name: recomputing(*args, name)
-    if part == "torch":
-        found["plain PyTorch"] = plain
-        found["the same, torch.compile"] = torch.compile(plain, dynamic=True)
-    trl = trl_logprobs() if part == "peers" else None
-    if trl is not None:
-        found["TRL's head, PyTorch's loss"] = lambda h, w, y, old, A: surrogate(
-            *trl(h, w, y, True), old, A
-        )
+    for name in list(found):
+        found[f"{name}, recomputing"] = lambda *args, name=name: recomputing(*args, name)
+    found["plain PyTorch"] = plain
+    found["the same, torch.compile"] = torch.compile(plain, dynamic=True)
+    head = trl_chunked_head()
+    found["TRL's head, PyTorch's loss"] = (
+        head
+        if isinstance(head, Missing)
+        else lambda h, w, y, old, A: surrogate(*head(h, w, y, True), old, A)
+    )
     return found
 
 
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(("N", "H", "V"), SHAPES)
-def test_with_gradient(compare, N: int, H: int, V: int, part: str) -> None:
+def test_with_gradient(compare, N: int, H: int, V: int) -> None:
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     hidden, weight, labels = case(N, H, V, dtype)
     logprobs = linear_logprobs(hidden, weight, labels).float()
@@ -86,11 +85,11 @@ def test_with_gradient(compare, N: int, H: int, V: int, part: str) -> None:
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     compare(
         "linear_ppo_loss",
-        {name: lambda f=f: step(f, *leaves) for name, f in functions(part).items()},
+        each(functions(), lambda f: step(f, *leaves)),
         shape=f"N={N} H={H} V={V}",
         dtype=dtype,
         oracle=oracle,
         tolerance=0.1 if dtype == torch.bfloat16 else 1e-3,
-        ceilings={"three bare products": products(*leaves, "zwh")} if part == "ceilings" else None,
+        ceilings={"three bare products": products(*leaves, "zwh")},
         flops=6 * N * V * H,
     )

@@ -1,4 +1,4 @@
-"""logprobs_from_logits beside log_softmax and gather, a logsumexp form, torch.compile and TRL's.
+"""logprobs_from_logits beside log_softmax and gather, a logsumexp form, compiled, and peers.
 
     pytest bench/bench_logprobs_from_logits.py
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import pytest
 import torch
 from common import DEVICE, ours
+from peers import each, openrlhf_logprobs, trl_selective_log_softmax, verl_logprobs
 from torch import Tensor
 
 from fastrlhf_kernels import _native, logprobs_from_logits
@@ -48,11 +49,10 @@ def functions() -> dict:
     found["log_softmax().gather()"] = log_softmax_gather
     found["logsumexp"] = logsumexp
     found["log_softmax, torch.compile"] = torch.compile(log_softmax_gather, dynamic=True)
-    try:
-        from trl.trainer.utils import selective_log_softmax
-    except ImportError:
-        return found
-    return found | {"TRL selective_log_softmax": selective_log_softmax}
+    found["TRL selective_log_softmax"] = trl_selective_log_softmax()
+    found["verl logprobs_from_logits"] = verl_logprobs()
+    found["OpenRLHF log_probs_from_logits"] = openrlhf_logprobs()
+    return found
 
 
 def case(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def test_forward(compare, N: int, V: int, dtype: torch.dtype) -> None:
     pieces = zip(logits.split(64), labels.split(64), strict=True)
     compare(
         "logprobs_from_logits",
-        {name: lambda f=f: f(logits, labels) for name, f in functions().items()},
+        each(functions(), lambda f: f(logits, labels)),
         shape=f"N={N} V={V} forward",
         dtype=dtype,
         **timing(N, V),
@@ -143,7 +143,7 @@ def test_forward_and_backward(compare, N: int, V: int, dtype: torch.dtype) -> No
     (oracle,) = torch.autograd.grad(logprobs, wide, upstream[some].double())
     compare(
         "logprobs_from_logits",
-        {name: lambda f=f: both(f) for name, f in functions().items()},
+        each({name: f for name, f in functions().items() if name != "logsumexp"}, both),
         shape=f"N={N} V={V} forward+backward",
         dtype=dtype,
         **timing(N, V),

@@ -4,7 +4,8 @@ A benchmark gives `compare` (a fixture) its variants, each a function without ar
 must move or compute, and the fp64 result. Results are compared before anything is timed. Each row
 of the table says: median and interquartile range, GB/s or TFLOP/s from the stated count, the share
 of the speed of a copy that moves as many bytes, timed in the same rounds, peak memory above the
-inputs (torch's allocator), and the error.
+inputs (torch's allocator), and the error. A variant that cannot be timed keeps its row, which says
+why: a peer that is not installed (`Missing`), a wrong result, too little memory, another failure.
 
 On a GPU times are CUDA events around a call, with the L2 cache flushed before it; on a CPU they are
 wall-clock times. `pytest bench/bench_<op>.py --benchmark-json=FILE` writes all rows to FILE, in
@@ -26,15 +27,25 @@ from torch import Tensor
 
 from fastrlhf_kernels import available_backends
 
+OURS = ("cuda", "triton", "cpu")  # the variants that are our backends, as benchmarks name them
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several times the largest L2, and long enough that the host has enqueued what is timed before the
 # GPU has done with it: times are the device's, not the launches'.
 L2_FLUSH_BYTES = 1 << 30
 COPY_BYTES = 256 << 20  # a longer copy is no faster
-MAX_SECONDS = 2.0  # a variant slower than this in its warm-up gets fewer rounds
 ROUNDS = 15
+LEAST_ROUNDS = 3
+SECONDS = 8.0  # of rounds a comparison: past it, no round begins beyond the least
 
-Variant = Callable[[], Any]
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A variant that cannot be had here, and why."""
+
+    why: str
+
+
+Variant = Callable[[], Any] | Missing
 
 
 def ours(op: str) -> list[str]:
@@ -46,24 +57,26 @@ def ours(op: str) -> list[str]:
 
 @dataclasses.dataclass
 class Row:
-    """One line of the results."""
+    """One line of the results; without a median, `note` says why."""
 
     op: str
     variant: str
     device: str
     shape: str
     dtype: str
-    median_s: float
-    iqr_s: float
-    rounds: int
-    gb_per_s: float | None
-    tflop_per_s: float | None
-    share_of_copy: float | None
-    peak_bytes: int
-    max_error: float | None
+    median_s: float | None = None
+    iqr_s: float | None = None
+    rounds: int = 0
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    share_of_copy: float | None = None
+    peak_bytes: int | None = None
+    max_error: float | None = None
+    ceiling: bool = False  # a bound, whose result is nobody's
+    note: str | None = None
 
 
-def time_once(call: Variant, flush: Tensor | None) -> float:
+def time_once(call: Callable[[], Any], flush: Tensor | None) -> float:
     """Seconds of one call."""
     if flush is None:
         start = time.perf_counter()
@@ -78,26 +91,24 @@ def time_once(call: Variant, flush: Tensor | None) -> float:
     return begin.elapsed_time(end) * 1e-3
 
 
-def peak_bytes(call: Variant) -> int:
-    """The most memory that one call holds of torch's allocator, above what was there before."""
+def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call gives, and the most of torch's memory that it holds above what was there."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         result = call()
         torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         result = call()
-        del result
     changes = [
         (event.start_ns(), event.nbytes())
         for event in profile.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
     held = itertools.accumulate(nbytes for _, nbytes in sorted(changes))
-    return max(held, default=0)
+    return result, max(held, default=0)
 
 
 def max_error(result: Any, oracle: Any) -> float:
@@ -110,21 +121,39 @@ def max_error(result: Any, oracle: Any) -> float:
 
 
 def interleave(
-    variants: Mapping[str, Variant], rounds: int = ROUNDS, pause: float = 0.0
+    calls: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS, pause: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of every call: round after round, each variant once a round, `pause` before each."""
+    """Seconds of every call, all of them warm: round after round, each once, after `pause`."""
     flush = (
         torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if DEVICE == "cuda" else None
     )
-    first = {name: time_once(call, flush) for name, call in variants.items()}  # warm-up
-    slow = {name for name, seconds in first.items() if seconds > MAX_SECONDS}
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.monotonic()
     for i in range(rounds):
-        for name, call in variants.items():
-            if name not in slow or i < 3:
-                time.sleep(pause)
-                times[name].append(time_once(call, flush))
+        if i >= LEAST_ROUNDS and time.monotonic() - began > SECONDS:
+            break
+        for name, call in calls.items():
+            time.sleep(pause)
+            times[name].append(time_once(call, flush))
     return times
+
+
+def attempt(row: Row, call: Variant, oracle: Any = None, tolerance: float | None = None) -> Row:
+    """Calls a variant for the first time: its row, with error and memory, or with a note."""
+    if isinstance(call, Missing):
+        return dataclasses.replace(row, note=call.why)
+    try:
+        result, peak = with_peak(call)
+        error = None if oracle is None else max_error(result, oracle)
+    except (MemoryError, torch.OutOfMemoryError):
+        return dataclasses.replace(row, note="out of memory")
+    except Exception as failure:  # whatever a peer may raise is what its row says
+        first = (str(failure).splitlines() or [""])[0][:100]
+        note = f"failed: {type(failure).__name__}: {first}".rstrip(": ")
+        return dataclasses.replace(row, note=note)
+    wrong = error is not None and tolerance is not None and not error <= tolerance
+    note = f"WRONG: off by {error:.2g}" if wrong else None
+    return dataclasses.replace(row, max_error=error, peak_bytes=peak, note=note)
 
 
 def measure(
@@ -137,7 +166,7 @@ def measure(
     tolerance: float | None = None,
     bytes_moved: int = 0,
     flops: int = 0,
-    ceilings: Mapping[str, Variant] | None = None,
+    ceilings: Mapping[str, Callable[[], Any]] | None = None,
     rounds: int = ROUNDS,
     pause: float = 0.0,
 ) -> list[Row]:
@@ -149,46 +178,49 @@ def measure(
         shape, dtype: of the inputs, for the table.
         oracle: the fp64 result, a tensor or a tuple of such; or a function from a variant's result
             to its error, where the whole fp64 result would be too large.
-        tolerance: an error above this fails the benchmark: it would time different things.
+        tolerance: a variant with a larger error is not timed: it would time different things.
         bytes_moved, flops: what a call must at least move and compute.
         ceilings: name -> call, timed in the same rounds as bounds; what they give is not compared.
-        rounds: how often each variant is timed.
+        rounds: how often each variant is timed, at most.
         pause: seconds of sleep before each timed call. OpenMP's threads, which torch uses, spin on
             for some milliseconds after a call, and would take a core from the next variant's.
     """
-    errors: dict[str, float | None] = dict.fromkeys(variants)
-    if oracle is not None:
-        for name, call in variants.items():
-            error = errors[name] = max_error(call(), oracle)
-            if tolerance is not None and not error <= tolerance:
-                raise AssertionError(f"{op}: {name} is off by {error:.3g} on {shape}")
+    blank = Row(op, "", DEVICE, shape, str(dtype).removeprefix("torch."))
+    rows = [
+        attempt(dataclasses.replace(blank, variant=name), call, oracle, tolerance)
+        for name, call in variants.items()
+    ]
+    rows += [
+        dataclasses.replace(attempt(blank, call), variant=name, ceiling=True)
+        for name, call in (ceilings or {}).items()
+    ]
     half = max(bytes_moved // 2, 1)
     copied = min(half, COPY_BYTES)
     source = torch.empty(copied, dtype=torch.uint8, device=DEVICE).fill_(1)
     target = torch.empty_like(source)
-    calls = {**variants, **(ceilings or {})}
-    times = interleave({**calls, "copy": lambda: target.copy_(source)}, rounds, pause)
+    all_calls = {**variants, **(ceilings or {}), "copy": lambda: target.copy_(source)}
+    untimed = {row.variant for row in rows if row.note is not None}
+    calls = {
+        name: call
+        for name, call in all_calls.items()
+        if name not in untimed and not isinstance(call, Missing)
+    }
+    times = interleave(calls, rounds, pause)
     copy = statistics.median(times.pop("copy")) * (half / copied)
-    rows = []
-    for name, seconds in times.items():
+    for i, row in enumerate(rows):
+        if row.note is not None:
+            continue
+        seconds = times[row.variant]
         median = statistics.median(seconds)
         low, _, high = statistics.quantiles(seconds, n=4)
-        rows.append(
-            Row(
-                op=op,
-                variant=name,
-                device=DEVICE,
-                shape=shape,
-                dtype=str(dtype).removeprefix("torch."),
-                median_s=median,
-                iqr_s=high - low,
-                rounds=len(seconds),
-                gb_per_s=bytes_moved / median * 1e-9 if bytes_moved else None,
-                tflop_per_s=flops / median * 1e-12 if flops else None,
-                share_of_copy=copy / median if bytes_moved else None,
-                peak_bytes=peak_bytes(calls[name]),
-                max_error=errors.get(name),
-            )
+        rows[i] = dataclasses.replace(
+            row,
+            median_s=median,
+            iqr_s=high - low,
+            rounds=len(seconds),
+            gb_per_s=bytes_moved / median * 1e-9 if bytes_moved else None,
+            tflop_per_s=flops / median * 1e-12 if flops else None,
+            share_of_copy=copy / median if bytes_moved else None,
         )
     return rows
 
@@ -197,7 +229,7 @@ def table(rows: list[Row]) -> str:
     """The rows as text, the fastest first; losing rows are printed too."""
     head = ["variant", "median", "iqr", "GB/s", "TFLOP/s", "of copy", "peak MB", "error"]
     lines = [head]
-    for row in sorted(rows, key=lambda row: row.median_s):
+    for row in sorted((r for r in rows if r.median_s is not None), key=lambda r: r.median_s):
         lines.append(
             [
                 row.variant,
@@ -212,5 +244,6 @@ def table(rows: list[Row]) -> str:
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     title = f"{rows[0].op}  {rows[0].shape}  {rows[0].dtype}  {rows[0].device}"
-    body = ("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join([title, *body])
+    body = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    untimed = [f"{row.variant}: {row.note}" for row in rows if row.median_s is None]
+    return "\n".join([title, *body, *untimed])

@@ -12,7 +12,7 @@
 #   doctor     what is active and why; registers and shared memory of every kernel
 #   tests      the whole suite but `slow`, in parallel; tests.xml
 #   sanitizer  compute-sanitizer, memcheck and racecheck, over the CUDA ops
-#   bench      the benchmarks, the most important first, while time is left; bench.json
+#   bench      the benchmarks, the most important first, while time is left; bench/<GPU>/*.json
 #   ppo        PPO-ptx iterations of a 124M-parameter GPT-2; ppo.json
 #   sweep      the kernels' constants; sweep.json
 #   demo       InstructGPT in miniature, resumed where it stopped; demo/report.html
@@ -128,14 +128,10 @@ section_sanitizer() {
 }
 
 section_bench() {
-  # Long ones last; bench/conftest.py skips what would start after the time is over.
-  local order=(logprobs_from_logits linear_logprobs linear_cross_entropy gae rollout_advantages
-    ranking_loss sample policy_loss value_loss kl_divergence kl_penalty whiten shape_rewards
-    gae_varlen linear_ppo_loss)
-  local name files=()
-  for name in "${order[@]}"; do files+=("bench/bench_$name.py"); done
-  [ $DRY_RUN = 0 ] || files=(bench/bench_shape_rewards.py)
-  run_tests --benchmark-only -q --seconds $((ALLOWED - 20)) --benchmark-json="$OUT/bench.json" "${files[@]}"
+  # The most important first; a result file a benchmark, so that those that were measured are kept.
+  local what=(--seconds $((ALLOWED - 20)))
+  [ $DRY_RUN = 0 ] || what=(shape_rewards)
+  "$PYTHON" bench/run.py "${what[@]}" --results "$OUT/bench" || [ $? = 3 ] # 3: the time was over
 }
 
 section_ppo() {

@@ -1,4 +1,4 @@
-"""What the benchmarks of the linear heads share: inputs, bare products as ceilings, peers.
+"""What the benchmarks of the linear heads share: inputs, and bare products as ceilings.
 
 The ceilings are torch.mm into preallocated outputs, by tiles of 4096 columns and all rows, whose
 logits are dense. Of whole products and tiles of 512 to 4096 columns and 256 to 2048 rows that is
@@ -15,9 +15,16 @@ from common import DEVICE
 from torch import Tensor
 
 COLUMNS = 4096
+WIDE = (2048, 512, 50257, torch.float32)  # on a CPU; in bf16 it takes minutes
 
-# With too many variants a comparison takes minutes: one beside the ceilings, two beside the others.
-PARTS = ["ceilings", "torch", "peers"]
+Shape = tuple[int, int, int]  # N, H, V
+
+
+def cases(*, cpu: list[Shape], gpu: list[Shape]) -> list[tuple[int, int, int, torch.dtype]]:
+    """What to measure here: on a CPU small shapes in both dtypes, and WIDE."""
+    if DEVICE == "cuda":
+        return [(*shape, torch.bfloat16) for shape in gpu]
+    return [(*shape, dtype) for shape in cpu for dtype in (torch.float32, torch.bfloat16)] + [WIDE]
 
 
 def case(N: int, H: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,20 +56,3 @@ def products(hidden: Tensor, weight: Tensor, kinds: str) -> Callable[[], None]:
                     torch.addmm(dh, z, w, beta=0.0 if v0 == 0 else 1.0, out=dh)
 
     return run
-
-
-def trl_logprobs() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]] | None:
-    """TRL's chunked head: (hidden, weight, labels, whether with entropy)."""
-    try:
-        from trl.trainer.utils import _ChunkedLogProbFunction
-    except ImportError:
-        return None
-
-    def call(h: Tensor, w: Tensor, y: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        outputs = ("entropy",) if entropy else ()
-        logprobs, found, *_ = _ChunkedLogProbFunction.apply(
-            h, w, None, y, 1.0, 32768, None, 1.0, outputs
-        )
-        return logprobs, found
-
-    return call

@@ -7,7 +7,9 @@ The files are pytest-benchmark's, `pytest bench --benchmark-only --benchmark-jso
 rows of bench/common.py in each benchmark's extra_info. A line of the table is an op on a shape in
 a dtype: our median, its GB/s or TFLOP/s, its share of the ceiling that was timed with it (a copy
 where there was no other), and for each other implementation its time over ours, taken from the
-rounds that they shared. Below 1.00 it is faster than ours: bold, and so is the line's op.
+rounds that they shared. Below 1.00 it is faster than ours: bold, and so is the line's op. What
+could not be timed (a peer that is not installed, a wrong result, too little memory) is said in its
+place. Ahead of the lines stand the targets of bench/targets.py, met or not.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import targets
+from common import OURS
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
-OURS = ("cuda", "triton", "cpu")  # the variants that are our backends, as benchmarks name them
 HEAD = ("op", "shape", "dtype", "ours", "speed", "of ceiling", "time of others over ours")
 NONE = "No results are committed yet."
 
@@ -40,6 +44,8 @@ class Line:
     speed: str = ""
     ceiling: str = ""
     others: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # of others without a time
+    note: str = ""  # of ours, where it has no time
 
 
 Key = tuple[str, str, str, str]  # op, shape, dtype, backend
@@ -53,11 +59,18 @@ def add(lines: dict[Key, Line], rows: Sequence[dict[str, Any]]) -> None:
             continue
         key = (ours["op"], ours["shape"], ours["dtype"], ours["variant"])
         line = lines.setdefault(key, Line())
+        line.notes |= {row["variant"]: row["note"] for row in rows if row.get("note")}
+        line.note = line.notes.pop(ours["variant"], "")
+        if ours["median_s"] is None:
+            continue
         line.medians.append(ours["median_s"])
         line.speed = speed(statistics.median(line.medians), ours)
         for other in rows:
+            if other["median_s"] is None:
+                continue
             ratio = other["median_s"] / ours["median_s"]
-            if compared and other["max_error"] is None:  # a ceiling: its result is not compared
+            # Files of before there was a field for it: a ceiling's result is not compared.
+            if other.get("ceiling", compared and other["max_error"] is None):
                 line.ceiling = f"{ratio:.0%} of {other['variant']}"
             elif other is not ours:
                 line.others[other["variant"]] = ratio
@@ -89,8 +102,9 @@ def cells(key: Key, line: Line) -> list[str]:
     for name, ratio in sorted(line.others.items(), key=lambda item: item[1]):
         text = f"{name} {ratio:.2f}" if ratio < 10 else f"{name} {ratio:.0f}"
         others.append(f"**{text}**" if ratio < 1 else text)
-    loses = any(ratio < 1 for ratio in line.others.values())
-    median = duration(statistics.median(line.medians))
+    others += [f"{name}: {note}" for name, note in line.notes.items()]
+    loses = bool(line.note) or any(ratio < 1 for ratio in line.others.values())
+    median = duration(statistics.median(line.medians)) if line.medians else f"**{line.note}**"
     return [
         f"**{op}**" if loses else op,
         shape,
@@ -100,6 +114,11 @@ def cells(key: Key, line: Line) -> list[str]:
         line.ceiling,
         "; ".join(others),
     ]
+
+
+def as_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def machine(name: str, files: Sequence[dict[str, Any]]) -> str:
@@ -145,22 +164,33 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_all(folder: Path) -> list[dict[str, Any]]:
+    """A machine's files of results, the oldest first."""
+    return sorted(map(read, sorted(folder.glob("*.json"))), key=lambda file: file["datetime"])
+
+
+def lines_of(files: Sequence[dict[str, Any]]) -> dict[Key, Line]:
+    """What the files say, line by line."""
+    lines: dict[Key, Line] = {}
+    for file in files:
+        for benchmark in file["benchmarks"]:
+            add(lines, benchmark.get("extra_info", {}).get("rows", []))
+    return lines
+
+
 def report(results: Path) -> str:
     """The text between the markers."""
     parts = []
     for folder in sorted(p for p in results.glob("*") if p.is_dir()):
-        paths = sorted(folder.glob("*.json"))
-        files = sorted((read(path) for path in paths), key=lambda file: file["datetime"])
-        lines: dict[Key, Line] = {}
-        for file in files:
-            for benchmark in file["benchmarks"]:
-                add(lines, benchmark.get("extra_info", {}).get("rows", []))
+        files = read_all(folder)
+        lines = lines_of(files)
         if not lines:
             continue
-        table = [list(HEAD), ["---"] * len(HEAD)]
-        table += [cells(key, lines[key]) for key in sorted(lines, key=lambda key: key[0])]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in table)
-        parts.append(f"{machine(folder.name, files)}\n\n{text}")
+        parts.append(machine(folder.name, files))
+        benchmarks = [benchmark for file in files for benchmark in file["benchmarks"]]
+        parts.append(as_table(targets.HEAD, targets.judge(benchmarks, files[-1]["machine_info"])))
+        ordered = sorted(lines, key=lambda key: key[0])
+        parts.append(as_table(HEAD, [cells(key, lines[key]) for key in ordered]))
     return "\n\n".join(parts) or NONE
 
 

@@ -44,5 +44,6 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "fastrlhf.demo.command", "DemoConfig", "all stages on a miniature task, with a report", True
     ),
+    "bench": Command("fastrlhf.bench_cli", "BenchConfig", "time the kernels beside their peers"),
     "doctor": Command("fastrlhf.doctor", "DoctorConfig", "show which kernels are active and why"),
 }

@@ -1,0 +1,130 @@
+"""Runs the benchmarks, the most important first, and keeps their results.
+
+    python bench/run.py                         # all, in 13 minutes at most; `make bench`
+    python bench/run.py gae whiten              # these
+    python bench/run.py --seconds 300 --results FOLDER --no-peers
+
+Each bench_<name>.py runs in a process of its own and replaces RESULTS/<machine>/<name>.json once it
+has measured something; what there was no time for keeps its earlier file, and is named at the end.
+Exit code 1: a benchmark failed, or a result of ours was wrong; 2: wrong arguments; 3: the time was
+over. bench/report.py makes the README's tables from the files, bench/plots.py the plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from cpuinfo import get_cpu_info  # pytest-benchmark's
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"
+SECONDS = 780.0
+# What a target of targets.py asks about comes before the rest.
+ORDER = (
+    "logprobs_from_logits",
+    "linear_logprobs",
+    "linear_cross_entropy",
+    "linear_ppo_loss",
+    "generation",
+    "gae",
+    "rollout_advantages",
+    "ranking_loss",
+    "overhead",
+    "memory",
+    "decode_attention",
+    "append_kv",
+    "sample",
+    "policy_loss",
+    "value_loss",
+    "kl_divergence",
+    "kl_penalty",
+    "whiten",
+    "shape_rewards",
+    "gae_varlen",
+)
+
+
+def names() -> list[str]:
+    """All benchmarks that there are; one that ORDER does not list comes last."""
+    there = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
+    return [name for name in ORDER if name in there] + sorted(there - set(ORDER))
+
+
+def machine() -> str:
+    """The folder of this machine's results: of its GPU, or else of its processor and cores."""
+    if torch.cuda.is_available():
+        text = re.sub(r"NVIDIA|GeForce|\d+ ?GB", "", torch.cuda.get_device_name())
+    else:
+        brand = get_cpu_info().get("brand_raw", "cpu")
+        brand = re.sub(r"\(R\)|\(TM\)|AMD|Intel|CPU|Processor|@.*|\d+-Core", "", brand)
+        text = f"{brand} {os.cpu_count()}core"
+    return "-".join(re.findall(r"[a-z0-9.]+", text.lower()))
+
+
+def run_one(name: str, target: Path, seconds: float, flags: Sequence[str]) -> str:
+    """One benchmark: "measured", "failed", or "not begun" where no time was left."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.json"
+        command = [sys.executable, "-m", "pytest", str(FOLDER / f"bench_{name}.py"), "-q"]
+        command += ["-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet"]
+        command += [f"--seconds={seconds}", f"--benchmark-json={record}", *flags]
+        status = subprocess.run(command, cwd=FOLDER.parent, check=False).returncode
+        found = json.loads(record.read_text()) if record.is_file() and record.stat().st_size else {}
+        if found.get("benchmarks"):
+            target.write_text(json.dumps(found, indent=1) + "\n")
+        elif status == 0:
+            return "not begun"
+    return "measured" if status == 0 else "failed"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="name", help="by default all there are")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin none after this")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--machine", default=None, help=f"default: {machine()}")
+    parser.add_argument("--no-peers", action="store_true", help="leave other packages out")
+    asked = parser.parse_args(argv)
+    for name in asked.names:
+        if name not in names():
+            close = difflib.get_close_matches(name, names(), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            parser.error(f"no benchmark '{name}'{hint}; there are: {', '.join(names())}")
+    folder = asked.results / (asked.machine or machine())
+    began = time.monotonic()
+    outcomes: dict[str, str] = {}
+    for name in asked.names or names():
+        left = asked.seconds - (time.monotonic() - began)
+        if left <= 0:
+            outcomes[name] = "not begun"
+            continue
+        print(f"== {name}: {left:.0f} s left", flush=True)
+        flags = ["--no-peers"] if asked.no_peers else []
+        outcomes[name] = run_one(name, folder / f"{name}.json", left, flags)
+    print(f"\n{folder}, {time.monotonic() - began:.0f} s")
+    for outcome in ("measured", "failed", "not begun"):
+        if those := [name for name, found in outcomes.items() if found == outcome]:
+            print(f"{outcome}: {', '.join(those)}")
+    if "failed" in outcomes.values():
+        return 1
+    return 3 if "not begun" in outcomes.values() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""bench/: what cannot be timed keeps its row, the run's files, the targets, the plots."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+import peers
+import plots
+import pytest
+import run
+import targets
+import torch
+from common import Missing, measure
+from test_bench_report import record, row
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows_of(**variants: Any) -> dict[str, common.Row]:
+    found = measure(
+        "an op",
+        variants,
+        shape="N=1",
+        dtype=torch.float32,
+        oracle=torch.ones(1, dtype=torch.float64),
+        tolerance=1e-3,
+        ceilings={"a bound": lambda: None},
+        rounds=3,
+    )
+    return {r.variant: r for r in found}
+
+
+def exhausted() -> torch.Tensor:
+    raise torch.OutOfMemoryError("no room")
+
+
+def broken() -> torch.Tensor:
+    raise TypeError("a peer's signature\nhas changed")
+
+
+def test_what_cannot_be_timed_keeps_its_row() -> None:
+    rows = rows_of(
+        cpu=lambda: torch.ones(1),
+        wrong=lambda: torch.full((1,), 1.5),
+        nan=lambda: torch.full((1,), torch.nan),
+        absent=Missing("not installed"),
+        large=exhausted,
+        broken=broken,
+    )
+    assert rows["cpu"].note is None
+    assert rows["cpu"].median_s is not None
+    assert rows["cpu"].max_error == 0.0
+    assert not rows["cpu"].ceiling
+    assert rows["a bound"].ceiling
+    assert rows["a bound"].median_s is not None
+    assert {name: r.note for name, r in rows.items() if r.median_s is None} == {
+        "wrong": "WRONG: off by 0.5",
+        "nan": "WRONG: off by nan",
+        "absent": "not installed",
+        "large": "out of memory",
+        "broken": "failed: TypeError: a peer's signature",
+    }
+    printed = common.table(list(rows.values()))
+    assert "large: out of memory" in printed
+    assert "absent: not installed" in printed
+
+
+def test_a_peer_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peers.find("no_such_package.there", "f") == Missing("not installed")
+    gone = peers.find("torch.nn.functional", "no_such_function")
+    assert isinstance(gone, Missing)
+    assert gone.why.startswith("does not import: ")
+    assert peers.find("torch.nn.functional", "softmax") is torch.nn.functional.softmax
+    monkeypatch.setattr(peers, "WANTED", False)
+    assert peers.find("torch.nn.functional", "softmax") == peers.NOT_ASKED_FOR
+    calls = peers.each({"a": abs, "b": peers.NEEDS_GPU}, lambda f: f(-2))
+    assert calls["b"] is peers.NEEDS_GPU
+    assert not isinstance(calls["a"], Missing)
+    assert calls["a"]() == 2
+
+
+def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "SECONDS", 0.0)
+    assert len(common.interleave({"f": lambda: None}, 15)["f"]) == common.LEAST_ROUNDS
+
+
+def test_order_names_benchmarks() -> None:
+    assert set(run.ORDER) == set(run.names())
+    assert "" not in run.machine().split("-")
+
+
+def test_run_keeps_results(tmp_path: Path) -> None:
+    """A whole run in a process of its own; then one without time, which keeps the file."""
+
+    def benchmarks(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "bench" / "run.py"), "shape_rewards", "--no-peers"]
+        command += ["--results", str(tmp_path), "--machine", "here", *flags]
+        path = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")))
+        environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    first = benchmarks()
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "measured: shape_rewards" in first.stdout
+    kept = (tmp_path / "here" / "shape_rewards.json").read_text()
+    rows = [r for b in json.loads(kept)["benchmarks"] for r in b["extra_info"]["rows"]]
+    assert {r["variant"] for r in rows} >= {"cpu", "PyTorch"}
+    second = benchmarks("--seconds", "0")
+    assert second.returncode == 3
+    assert "not begun: shape_rewards" in second.stdout
+    assert (tmp_path / "here" / "shape_rewards.json").read_text() == kept
+
+
+def test_run_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run.main(["whitn"])
+    assert left.value.code == 2
+    assert "no benchmark 'whitn' (did you mean whiten?)" in capsys.readouterr().err
+
+
+def benchmark(*rows: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    return {"extra_info": {"rows": list(rows), **extra}}
+
+
+def verdicts(*benchmarks: dict[str, Any], gpu: bool = False) -> dict[str, list[str]]:
+    info = {"gpu": "A GPU"} if gpu else {}
+    return {line[0]: line[1:] for line in targets.judge(benchmarks, info)}
+
+
+def test_targets() -> None:
+    wide, other = {"shape": "B=512 T=8192"}, {"shape": "B=512 T=1024"}
+    found = verdicts(
+        benchmark(row("cpu", 1.0, **wide), row("loop (verl's)", 40.0, **wide)),
+        benchmark(row("cpu", 1.0, **other), row("loop (verl's)", 14.0, **other)),
+        benchmark(calls=[{"op": "a", "over_us": 12.0}, {"op": "floor: b", "over_us": 99.0}]),
+    )
+    assert found["gae against verl's loop"] == [
+        "at least 15",
+        "14 (B=512 T=1024, float32)",
+        "**no**",
+    ]
+    assert found["a loss's call with gradient, over its bare work"] == [
+        "at most 20 us",
+        "12 us (a)",
+        "yes",
+    ]
+    assert found["ranking_loss, 64 prompts, against vectorised torch"][1:] == [
+        "not yet measured",
+        "",
+    ]
+    assert set(found).isdisjoint(
+        {"log-probs against TRL's kernel", "decode_attention against flash-attn"}
+    )
+    assert "decode_attention against flash-attn" in verdicts(gpu=True)
+
+
+def test_scratch_leaves_gradients_out() -> None:
+    same = {"op": "linear_logprobs", "shape": "N=2048 H=512 V=50257 forward+backward"}
+    gradients = 4 * 512 * (2048 + 50257)
+    found = verdicts(
+        benchmark(
+            row("cpu", 1.0, peak_bytes=gradients + 10, **same),
+            row(targets.NAIVE, 1.0, peak_bytes=gradients + 200, **same),
+        )
+    )
+    assert found["linear_logprobs, scratch over that of plain PyTorch"][1].startswith("0.05 ")
+
+
+def test_a_variant_without_a_time_is_no_measurement() -> None:
+    rows = [row("cpu", 1.0, shape="B=512 T=8192")]
+    missing = row("loop (verl's)", 1.0, shape="B=512 T=8192") | {"median_s": None, "note": "gone"}
+    assert verdicts(benchmark(*rows, missing))["gae against verl's loop"][1] == "not yet measured"
+
+
+def test_plots(tmp_path: Path) -> None:
+    folder = tmp_path / "box"
+    folder.mkdir()
+    head = {"op": "memory of a head", "peak_bytes": 1 << 20}
+    text = record(
+        [row("cpu", 1e-3), row("TRL", 46e-3), row("torch.compile", 0.7e-3), row("cpu, slow", 1.0)],
+        [row("cpu", 1.0, shape="N=256 H=8 V=9", **head)],
+        [row("cpu", 2.0, shape="N=512 H=8 V=9", **head)],
+    )
+    (folder / "a.json").write_text(text)
+    assert plots.main(["--results", str(tmp_path)]) == 0
+    for name in ("ceilings", "others", "memory"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    (folder / "a.json").write_text("{")
+    assert plots.main(["--results", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("name", run.names())
+def test_every_benchmark_imports(name: str) -> None:
+    importlib.import_module(f"bench_{name}")
