@@ -37,6 +37,5 @@ def test_memory(compare, N: int) -> None:
         each(functions(), both),
         shape=f"N={N} H={H} V={V}",
         dtype=DTYPE,
-        flops=8 * N * V * H,
-        rounds=3,
+        rounds=0,
     )

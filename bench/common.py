@@ -181,7 +181,7 @@ def measure(
         tolerance: a variant with a larger error is not timed: it would time different things.
         bytes_moved, flops: what a call must at least move and compute.
         ceilings: name -> call, timed in the same rounds as bounds; what they give is not compared.
-        rounds: how often each variant is timed, at most.
+        rounds: how often each variant is timed, at most; 0: rows say the memory, and no time.
         pause: seconds of sleep before each timed call. OpenMP's threads, which torch uses, spin on
             for some milliseconds after a call, and would take a core from the next variant's.
     """
@@ -194,6 +194,8 @@ def measure(
         dataclasses.replace(attempt(blank, call), variant=name, ceiling=True)
         for name, call in (ceilings or {}).items()
     ]
+    if rounds == 0:
+        return rows
     half = max(bytes_moved // 2, 1)
     copied = min(half, COPY_BYTES)
     source = torch.empty(copied, dtype=torch.uint8, device=DEVICE).fill_(1)
@@ -245,5 +247,9 @@ def table(rows: list[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     title = f"{rows[0].op}  {rows[0].shape}  {rows[0].dtype}  {rows[0].device}"
     body = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    untimed = [f"{row.variant}: {row.note}" for row in rows if row.median_s is None]
-    return "\n".join([title, *body, *untimed])
+    untimed = [
+        f"{row.variant}: {row.note or f'{(row.peak_bytes or 0) / 1e6:.1f} MB at most'}"
+        for row in rows
+        if row.median_s is None
+    ]
+    return "\n".join([title, *body, *untimed] if len(lines) > 1 else [title, *untimed])

@@ -110,7 +110,7 @@ def memory(rows: Sequence[dict], path: Path) -> bool:
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     shape = ""
     for row in rows:
-        if row["op"] != "memory of a head" or row["median_s"] is None:
+        if row["op"] != "memory of a head" or row["peak_bytes"] is None:
             continue
         N, shape = row["shape"].split(" ", 1)
         curves[row["variant"]].append((int(N.removeprefix("N=")), row["peak_bytes"] / 2**20))

@@ -55,8 +55,8 @@ def add(lines: dict[Key, Line], rows: Sequence[dict[str, Any]]) -> None:
     """Puts the rows of one benchmark, which were timed in the same rounds, into the lines."""
     compared = any(row["max_error"] is not None for row in rows)
     for ours in rows:
-        if ours["variant"] not in OURS:
-            continue
+        if ours["variant"] not in OURS or (ours["median_s"] is None and not ours.get("note")):
+            continue  # of memory alone: for the plot
         key = (ours["op"], ours["shape"], ours["dtype"], ours["variant"])
         line = lines.setdefault(key, Line())
         line.notes |= {row["variant"]: row["note"] for row in rows if row.get("note")}

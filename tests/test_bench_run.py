@@ -86,6 +86,18 @@ def test_a_peer_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls["a"]() == 2
 
 
+def test_memory_alone() -> None:
+    def call() -> torch.Tensor:
+        return torch.empty(1 << 20).sum()
+
+    (only,) = measure("an op", {"cpu": call}, shape="N=1", dtype=torch.float32, rounds=0)
+    assert only.median_s is None
+    assert only.note is None
+    assert only.peak_bytes is not None
+    assert 4 << 20 <= only.peak_bytes < 5 << 20
+    assert "cpu: 4.2 MB at most" in common.table([only])
+
+
 def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "SECONDS", 0.0)
     assert len(common.interleave({"f": lambda: None}, 15)["f"]) == common.LEAST_ROUNDS
