@@ -64,26 +64,21 @@ class CacheOps:
         """like: a tensor of the model's device and dtype."""
         self.native = choose("decode_attention", (like,), None, IMPLEMENTATIONS) == "cpu"
 
-    def __call__(
-        self,
-        q: Tensor,  # (B, Hq, D)
-        k: Tensor,  # (B, Hkv, D)
-        v: Tensor,  # (B, Hkv, D)
-        batch: Batch,
-        layer: int,
-        *,
-        scale: float,
-        window: int | None = None,
+    def append(self, k: Tensor, v: Tensor, batch: Batch, layer: int) -> None:
+        """Write k and v (B, Hkv, D) to the cache."""
+        write = _append_kv_native if self.native else append_kv
+        write(k, v, batch.cache.keys[layer], batch.cache.values[layer], batch.slots)
+
+    def attend(
+        self, q: Tensor, batch: Batch, layer: int, *, scale: float, window: int | None = None
     ) -> Tensor:
-        """Write k and v to the cache and let q attend to it -> (B, Hq, D)."""
+        """Let q (B, Hq, D) attend to the cache -> (B, Hq, D)."""
         keys, values = batch.cache.keys[layer], batch.cache.values[layer]
         tables, lens = batch.block_tables, batch.seq_lens
         if self.native:
-            _append_kv_native(k, v, keys, values, batch.slots)
             return _decode_attention_native(
                 q, keys, values, tables, lens, scale, 0.0, window or 0, None
             )
-        append_kv(k, v, keys, values, batch.slots)
         return decode_attention(q, keys, values, tables, lens, scale=scale, window=window)
 
 

@@ -7,13 +7,16 @@ For one new token a sequence, x (B, H) being the residual stream:
     GPT-2   the same with LayerNorm, learned positions instead of rope, and gelu(norm(x) Wfc) Wproj
 
 What transformers' modules do in some 40 kernels a layer takes about 15 here: q, k and v are one
-product, so are gate and up; q and k turn together; the residual is added by the product. Weights
-are the model's own parameters (see products.py). Where they are bf16 or fp16, the residual stream,
-norms and rotations stay in fp32, which loses less than transformers' modules do.
+product, so are gate and up; q and k turn together; the residual is added by the product. On a CPU
+Llama's norms, rotations and gates are C++ (fastrlhf_kernels/_decode_step.py): in torch they took
+longer than the products of a small model. Weights are the model's own parameters (see products.py).
+Where they are bf16 or fp16, the residual stream, norms and rotations stay in fp32, which loses less
+than transformers' modules do.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from fastrlhf.generation.attention import Batch, CacheOps
 from fastrlhf.generation.products import Product, packs
 from fastrlhf.models import LanguageModel, is_residual_dropout
+from fastrlhf_kernels import _decode_step as parts
 
 LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Rotary positions that are a function of the position alone.
@@ -70,6 +74,22 @@ def _is_plain(model: nn.Module, product: type) -> bool:
                and m.weight.ndim == 2 and not isinstance(m, nn.Embedding))  # fmt: skip
 
 
+@dataclass(slots=True, kw_only=True)
+class LlamaLayer:
+    """A layer's parameters, which may be updated in place, and its products."""
+
+    first_norm: Tensor
+    qkv: Product
+    head_norms: tuple[Tensor, Tensor] | None
+    """Of queries and keys (Qwen3)."""
+    window: int | None
+    out: Product
+    second_norm: Tensor
+    gate_up: Product
+    activation: nn.Module
+    down: Product
+
+
 class LlamaStep:
     """Llama, Mistral, Qwen2, Qwen3."""
 
@@ -79,9 +99,6 @@ class LlamaStep:
         self.core = core
         config = model.model.config
         self.eps = float(config.rms_norm_eps)
-        self.width = int(config.hidden_size)
-        self.heads = int(config.num_attention_heads)
-        self.kv_heads = int(config.num_key_value_heads)
         layers: Any = core.layers[: config.num_hidden_layers]
         first = layers[0].self_attn
         self.head_dim = int(first.head_dim)
@@ -99,46 +116,53 @@ class LlamaStep:
             return Product(modules, packed=pack, rows=rows)
 
         self.layers = [
-            (
-                layer,
-                product(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                product(layer.self_attn.o_proj),
-                product(layer.mlp.gate_proj, layer.mlp.up_proj),
-                product(layer.mlp.down_proj),
-                getattr(layer.self_attn, "sliding_window", window),
+            LlamaLayer(
+                first_norm=layer.input_layernorm.weight,
+                qkv=product(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                head_norms=(
+                    (layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight)
+                    if hasattr(layer.self_attn, "q_norm")
+                    else None
+                ),
+                window=getattr(layer.self_attn, "sliding_window", window),
+                out=product(layer.self_attn.o_proj),
+                second_norm=layer.post_attention_layernorm.weight,
+                gate_up=product(layer.mlp.gate_proj, layer.mlp.up_proj),
+                activation=layer.mlp.act_fn,
+                down=product(layer.mlp.down_proj),
             )
             for layer in layers
         ]
         self.head = product(model.head)
-        self.attend = CacheOps(model.head.weight)
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm (.., H), in fp32, to the dtype of the weight."""
-        y = F.rms_norm(x, x.shape[-1:], None, self.eps).mul_(weight)
-        return y.to(weight.dtype)
+        self.cache = CacheOps(model.head.weight)
+        native = self.cache.native and model.head.weight.dtype in parts.NATIVE_DTYPES
+        self.norm = parts.norm_native if native else parts.norm_ref
+        self.rope_append = parts.rope_append_native if native else parts.rope_append_ref
+        self.native_gate = native and config.hidden_act in ("silu", "swish")
 
     def __call__(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """Logits (B, V)."""
-        B, n_q, n_kv, D = len(tokens), self.heads, self.kv_heads, self.head_dim
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+        B, D, eps, cache = len(tokens), self.head_dim, self.eps, batch.cache
         x = F.embedding(tokens, self.core.embed_tokens.weight).float()
-        for i, (layer, qkv_of, out_of, gate_up_of, down_of, window) in enumerate(self.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = qkv_of(self.norm(x, layer.input_layernorm.weight)).view(B, n_q + 2 * n_kv, D)
-            qk, v = qkv[:, : n_q + n_kv].float(), qkv[:, n_q + n_kv :]
-            if hasattr(attention, "q_norm"):
-                qk = F.rms_norm(qk, (D,), None, self.eps)
-                qk[:, :n_q] *= attention.q_norm.weight
-                qk[:, n_q:] *= attention.k_norm.weight
-            qk = (qk * cos).addcmul_(qk.roll(D // 2, -1), sin).to(v.dtype)
-            seen = self.attend(
-                qk[:, :n_q], qk[:, n_q:], v, batch, i, scale=self.scale, window=window
-            )
-            x = out_of.add_to(x, seen.view(B, n_q * D))
-            gate_up = gate_up_of(self.norm(x, layer.post_attention_layernorm.weight))
-            gate, up = gate_up.chunk(2, -1)
-            x = down_of.add_to(x, mlp.act_fn(gate).mul_(up))
-        return self.model.scaled(self.head(self.norm(x, self.core.norm.weight)))
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(self.norm(x, layer.first_norm, eps)).view(B, -1, D)
+            q = self.rope_append(
+                qkv, positions, batch.slots, self.cos, self.sin, layer.head_norms,
+                cache.keys[i], cache.values[i], eps,
+            )  # fmt: skip
+            seen = self.cache.attend(q, batch, i, scale=self.scale, window=layer.window)
+            x = layer.out.add_to(x, seen.view(B, -1))
+            gate_up = layer.gate_up(self.norm(x, layer.second_norm, eps))
+            x = layer.down.add_to(x, self.gate(gate_up, layer))
+        return self.model.scaled(self.head(self.norm(x, self.core.norm.weight, eps)))
+
+    def gate(self, gate_up: Tensor, layer: LlamaLayer) -> Tensor:
+        """The MLP's hidden units (B, I)."""
+        if self.native_gate:
+            return parts.gate_native(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        hidden: Tensor = layer.activation(gate)
+        return hidden.mul_(up)
 
 
 class GPT2Step:
@@ -168,7 +192,7 @@ class GPT2Step:
             for layer in core.h
         ]
         self.head = product(model.head)
-        self.attend = CacheOps(model.head.weight)
+        self.cache = CacheOps(model.head.weight)
 
     def norm(self, x: Tensor, module: nn.LayerNorm) -> Tensor:
         """LayerNorm (B, H), in fp32, to the dtype of the weight."""
@@ -186,7 +210,8 @@ class GPT2Step:
         for i, (layer, qkv_of, out_of, up_of, down_of) in enumerate(self.layers):
             qkv = qkv_of(self.norm(x, layer.ln_1)).view(B, 3, n, -1)
             q, k, v = qkv.unbind(1)
-            seen = self.attend(q, k, v, batch, i, scale=layer.attn.scaling)
+            self.cache.append(k, v, batch, i)
+            seen = self.cache.attend(q, batch, i, scale=layer.attn.scaling)
             x = out_of.add_to(x, seen.view(B, -1))
             up = up_of(self.norm(x, layer.ln_2))
             x = down_of.add_to(x, F.gelu(up, approximate="tanh") if self.tanh_gelu

@@ -148,6 +148,8 @@ class Rows:
         """
         positions = self.integers[POSITION, :rows]
         tables = self.tables[:rows, :width]
+        if tables.device.type == "cpu":
+            tables = tables.contiguous()  # once a step, where each layer would else copy them
         if active is not None:
             used = torch.arange(rows, device=tables.device) < active
             positions = torch.where(used, positions, 0)

@@ -1,0 +1,178 @@
+"""The element-wise parts of a decode step against fp64, on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_accurate, assert_same_bits, instruction_set
+from torch import Tensor
+
+from fastrlhf_kernels import _native
+from fastrlhf_kernels._decode_step import (
+    NATIVE_DTYPES,
+    gate_native,
+    gate_ref,
+    norm_native,
+    norm_ref,
+    rope_append_native,
+    rope_append_ref,
+)
+
+EPS = 1e-6
+NAN = float("nan")
+SIZES = st.sampled_from([1, 2, 7, 16, 33, 64, 100, 257])
+pytestmark = pytest.mark.skipif(_native.cpu is None, reason="the C++ extension is not built")
+
+
+@pytest.fixture(params=[] if _native.cpu is None else _native.cpu.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with instruction_set(request.param):
+        yield request.param
+
+
+def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rms(x: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+
+
+@pytest.mark.usefixtures("isa")
+@given(N=st.integers(0, 5), H=SIZES, dtype=st.sampled_from(NATIVE_DTYPES), seed=st.integers(0, 99))
+def test_norm(N: int, H: int, dtype: torch.dtype, seed: int) -> None:
+    x, weight = 3.0 * randn(N, H, seed=seed), 1.0 + randn(H, seed=seed + 1, dtype=dtype)
+    found = norm_native(x, weight, EPS)
+    assert_accurate(found, norm_ref(x, weight, EPS), rms(x.double()) * weight.double())
+    for n in range(N):
+        assert_same_bits(norm_native(x[n : n + 1], weight, EPS)[0], found[n])
+
+
+@pytest.mark.usefixtures("isa")
+@given(N=st.integers(0, 5), width=SIZES, dtype=st.sampled_from(NATIVE_DTYPES),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_gate(N: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    gate_up = 4.0 * randn(N, 2 * width, seed=seed, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    found = gate_native(gate_up)
+    assert_accurate(found, gate_ref(gate_up), gate * gate.sigmoid() * up)
+    for n in range(N):
+        assert_same_bits(gate_native(gate_up[n : n + 1])[0], found[n])
+
+
+@pytest.mark.usefixtures("isa")
+def test_gates_far_out() -> None:
+    gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 200.0, 1e30, NAN]])
+    found = gate_native(torch.cat([gate, torch.ones_like(gate)], 1))
+    wanted = gate_ref(torch.cat([gate, torch.ones_like(gate)], 1))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-37, equal_nan=True)
+
+
+def rope_case(
+    B: int, n_q: int, n_kv: int, D: int, dtype: torch.dtype, *, normed: bool, seed: int
+) -> list:
+    """Arguments of rope_append; a third of the slots is below 0."""
+    pages, page_size, longest = 4, 3, 50
+    generator = torch.Generator().manual_seed(seed)
+    qkv = randn(B, n_q + 2 * n_kv, D, seed=seed, dtype=dtype)
+    positions = torch.randint(0, longest, (B,), generator=generator)
+    slots = torch.randperm(pages * page_size, generator=generator)[:B]
+    slots = torch.where(torch.rand(B, generator=generator) < 0.3, -1, slots)
+    cos, sin = randn(2, longest, D, seed=seed + 1)
+    norms = tuple(1.0 + randn(2, D, seed=seed + 2, dtype=dtype)) if normed else None
+    # The heads' rows lie apart, and each in a page of its own size.
+    caches = randn(2, pages, page_size + 1, n_kv, D + 5, seed=seed + 3, dtype=dtype)
+    k_cache, v_cache = caches[:, :, :page_size, :, :D]
+    return [qkv, positions, slots, cos, sin, norms, k_cache, v_cache, EPS]
+
+
+def turned(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition in fp64, of heads (B, heads, D)."""
+    x = x.double()
+    if weight is not None:
+        x = rms(x) * weight.double()
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None].double() + torch.cat([second, first], -1) * sin[:, None].double()
+
+
+@pytest.mark.usefixtures("isa")
+@given(
+    B=st.integers(0, 9),
+    n_kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    D=st.sampled_from([2, 6, 16, 32, 80, 128, 256]),
+    dtype=st.sampled_from(NATIVE_DTYPES),
+    normed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rope_append(
+    B: int, n_kv: int, group: int, D: int, dtype: torch.dtype, normed: bool, seed: int
+) -> None:
+    n_q = n_kv * group
+    args = rope_case(B, n_q, n_kv, D, dtype, normed=normed, seed=seed)
+    qkv, positions, slots, cos, sin, norms, k_cache, v_cache, _ = args
+    q, k, v = qkv.clone().split([n_q, n_kv, n_kv], 1)
+    at = cos[positions], sin[positions]
+    weights = norms or (None, None)
+    wanted_q, wanted_k = turned(q, weights[0], *at), turned(k, weights[1], *at)
+
+    theirs = [x.clone() if isinstance(x, Tensor) else x for x in args]
+    reference = rope_append_ref(*theirs)
+    before = [k_cache.clone(), v_cache.clone()]
+    found = rope_append_native(*args)
+    size = cos.abs().max() + sin.abs().max()
+    terms = float(size * (6.0 if normed else 1.0) * qkv.abs().max()) if B else 0.0
+    assert_accurate(found, reference, wanted_q, terms=terms)
+    page, offset = slots // 3, slots % 3
+    for n in range(B):
+        if slots[n] >= 0:
+            place = page[n], offset[n]
+            assert_accurate(k_cache[place], theirs[6][place], wanted_k[n], terms=terms)
+            assert_same_bits(v_cache[place], v[n])
+            before[0][place], before[1][place] = k_cache[place], v_cache[place]
+    for cache, old in zip((k_cache, v_cache), before, strict=True):
+        assert_same_bits(cache, old)  # but for the slots named
+
+
+@pytest.mark.usefixtures("isa")
+def test_rows_and_threads_change_no_bit() -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            args = rope_case(9, 64, 8, 256, torch.float32, normed=True, seed=3)
+            results.append([rope_append_native(*args), *args[6:8], norm_native(*wide()[:2], EPS),
+                            gate_native(wide()[0])])  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for x, y in zip(*results, strict=True):
+        assert_same_bits(x, y)
+    args = rope_case(9, 64, 8, 256, torch.float32, normed=True, seed=3)
+    alone = [x[4:5] for x in args[:3]]
+    assert_same_bits(rope_append_native(*alone, *args[3:])[0], results[0][0][4])
+
+
+def wide() -> tuple[Tensor, Tensor]:
+    return randn(40, 8192), randn(8192, seed=1)
+
+
+def test_slots_and_positions_out_of_range_are_refused_before_anything_is_written() -> None:
+    for which, value, message in (
+        (2, 12, "slots must be below"),
+        (1, 50, "positions must be"),
+        (1, -1, "positions must be"),
+    ):
+        args = rope_case(5, 2, 2, 16, torch.float32, normed=False, seed=0)
+        args[which][3] = value
+        kept = [x.clone() for x in args if isinstance(x, Tensor)]
+        with pytest.raises(ValueError, match=message):
+            rope_append_native(*args)
+        for x, y in zip((x for x in args if isinstance(x, Tensor)), kept, strict=True):
+            assert_same_bits(x, y)
+    with pytest.raises(ValueError, match="D must be even"):
+        rope_append_native(*rope_case(1, 1, 1, 7, torch.float32, normed=False, seed=0))
