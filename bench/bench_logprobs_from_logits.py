@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def timing(N: int, V: int) -> dict:
     """For large cases on a CPU: fewer rounds, and a pause, see `common.measure`."""
-    return {"rounds": 7, "pause": 0.02} if DEVICE == "cpu" and N * V > 10**7 else {}
+    return {"rounds": 5, "pause": 0.02} if DEVICE == "cpu" and N * V > 10**7 else {}
 
 
 def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:

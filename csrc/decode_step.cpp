@@ -26,8 +26,7 @@ FASTRLHF_OP(decode_gate, "out (N, I) = silu(gate) * up of gate_up (N, 2 I).",
             const void* gate_up, void* out, int64_t N, int64_t I, int dtype, int nthreads)
 
 #ifdef FASTRLHF_ISA
-#include "pool.h"
-#include "vec.h"
+#include "tiles.h"
 
 namespace fastrlhf::FASTRLHF_ISA {
 namespace {
@@ -46,24 +45,6 @@ const char* with_model_dtype(int dtype, const F& f) {
   }
 }
 
-template <class F>
-FASTRLHF_INLINE void vectors(int64_t n, const F& f) {  // f(i, k): k elements at i
-  constexpr int64_t W = lanes<vf>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, W);
-  if (i < n) f(i, n - i);
-}
-
-template <class T>
-FASTRLHF_INLINE vf load_up_to(const T* p, int64_t k) {
-  return k == lanes<vf> ? load(p) : load_n(p, k, 0.0f);
-}
-
-template <class T>
-FASTRLHF_INLINE void store_up_to(T* p, vf v, int64_t k) {
-  k == lanes<vf> ? store(p, v) : store_n(p, v, k);
-}
-
 // 1 / sqrt(mean of squares + eps)
 template <class T>
 float inverse_rms(const T* x, int64_t n, float eps) {
@@ -77,8 +58,8 @@ float inverse_rms(const T* x, int64_t n, float eps) {
       sums[k] = vfma(v, v, sums[k]);
     }
   }
-  vectors(n - i, [&](int64_t j, int64_t k) {
-    const vf v = load_up_to(x + i + j, k);
+  each_vector<vf>(n - i, [&](int64_t j, int k) {
+    const vf v = load_k(x + i + j, k);
     sums[0] = vfma(v, v, sums[0]);
   });
   const float sum = hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -91,17 +72,17 @@ FASTRLHF_INLINE void turn(const T* x, const T* weight, const float* cos, const f
                           int64_t D, float eps, T* out) {
   alignas(64) float y[MAX_D];
   const float scale = weight == nullptr ? 1.0f : inverse_rms(x, D, eps);
-  vectors(D, [&](int64_t d, int64_t k) {
-    vf v = load_up_to(x + d, k);
-    if (weight != nullptr) v = v * scale * load_up_to(weight + d, k);
-    store_up_to(y + d, v, k);
+  each_vector<vf>(D, [&](int64_t d, int k) {
+    vf v = load_k(x + d, k);
+    if (weight != nullptr) v = v * scale * load_k(weight + d, k);
+    store_k(y + d, v, k);
   });
   const int64_t half = D / 2;
   const auto half_of = [&](int64_t begin, int64_t other) {
-    vectors(half, [&](int64_t d, int64_t k) {
-      const vf a = load_up_to(y + begin + d, k), b = load_up_to(y + other + d, k);
-      const vf c = load_up_to(cos + begin + d, k), s = load_up_to(sin + begin + d, k);
-      store_up_to(out + begin + d, vfma(b, s, a * c), k);
+    each_vector<vf>(half, [&](int64_t d, int k) {
+      const vf a = load_k(y + begin + d, k), b = load_k(y + other + d, k);
+      const vf c = load_k(cos + begin + d, k), s = load_k(sin + begin + d, k);
+      store_k(out + begin + d, vfma(b, s, a * c), k);
     });
   };
   half_of(0, half);
@@ -120,8 +101,8 @@ FASTRLHF_KERNEL(decode_norm)(const float* x, const void* weight, void* out, int6
         const float* from = x + n * H;
         T* to = static_cast<T*>(out) + n * H;
         const float scale = inverse_rms(from, H, static_cast<float>(eps));
-        vectors(H, [&](int64_t i, int64_t k) {
-          store_up_to(to + i, load_up_to(from + i, k) * scale * load_up_to(w + i, k), k);
+        each_vector<vf>(H, [&](int64_t i, int k) {
+          store_k(to + i, load_k(from + i, k) * scale * load_k(w + i, k), k);
         });
       }
     });
@@ -176,9 +157,9 @@ FASTRLHF_KERNEL(decode_gate)(const void* gate_up, void* out, int64_t N, int64_t 
       for (int64_t n = begin; n < end; ++n) {
         const T *gate = static_cast<const T*>(gate_up) + n * 2 * I, *up = gate + I;
         T* to = static_cast<T*>(out) + n * I;
-        vectors(I, [&](int64_t i, int64_t k) {
-          const vf g = load_up_to(gate + i, k);
-          store_up_to(to + i, g / (1.0f + vexp(-g)) * load_up_to(up + i, k), k);
+        each_vector<vf>(I, [&](int64_t i, int k) {
+          const vf g = load_k(gate + i, k);
+          store_k(to + i, g / (1.0f + vexp(-g)) * load_k(up + i, k), k);
         });
       }
     });
