@@ -35,6 +35,7 @@ L2_FLUSH_BYTES = 1 << 30
 COPY_BYTES = 256 << 20  # a longer copy is no faster
 ROUNDS = 15
 LEAST_ROUNDS = 3
+SLOW = 25.0  # seconds of a first call past which there is no second: its time counts, rounds is 1
 SECONDS = 8.0  # of rounds a comparison: past it, no round begins beyond the least
 
 
@@ -143,7 +144,9 @@ def attempt(row: Row, call: Variant, oracle: Any = None, tolerance: float | None
     if isinstance(call, Missing):
         return dataclasses.replace(row, note=call.why)
     try:
+        began = time.perf_counter()
         result, peak = with_peak(call)
+        seconds = time.perf_counter() - began
         error = None if oracle is None else max_error(result, oracle)
     except (MemoryError, torch.OutOfMemoryError):
         return dataclasses.replace(row, note="out of memory")
@@ -153,6 +156,8 @@ def attempt(row: Row, call: Variant, oracle: Any = None, tolerance: float | None
         return dataclasses.replace(row, note=note)
     wrong = error is not None and tolerance is not None and not error <= tolerance
     note = f"WRONG: off by {error:.2g}" if wrong else None
+    if seconds > SLOW and not wrong:
+        row = dataclasses.replace(row, median_s=seconds, iqr_s=0.0, rounds=1)
     return dataclasses.replace(row, max_error=error, peak_bytes=peak, note=note)
 
 
@@ -201,7 +206,7 @@ def measure(
     source = torch.empty(copied, dtype=torch.uint8, device=DEVICE).fill_(1)
     target = torch.empty_like(source)
     all_calls = {**variants, **(ceilings or {}), "copy": lambda: target.copy_(source)}
-    untimed = {row.variant for row in rows if row.note is not None}
+    untimed = {row.variant for row in rows if row.note is not None or row.rounds == 1}
     calls = {
         name: call
         for name, call in all_calls.items()
@@ -212,14 +217,18 @@ def measure(
     for i, row in enumerate(rows):
         if row.note is not None:
             continue
-        seconds = times[row.variant]
-        median = statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4)
+        if row.median_s is not None:  # slow: its first call is what there is
+            median, spread, n = row.median_s, 0.0, 1
+        else:
+            seconds = times[row.variant]
+            median, n = statistics.median(seconds), len(seconds)
+            low, _, high = statistics.quantiles(seconds, n=4)
+            spread = high - low
         rows[i] = dataclasses.replace(
             row,
             median_s=median,
-            iqr_s=high - low,
-            rounds=len(seconds),
+            iqr_s=spread,
+            rounds=n,
             gb_per_s=bytes_moved / median * 1e-9 if bytes_moved else None,
             tflop_per_s=flops / median * 1e-12 if flops else None,
             share_of_copy=copy / median if bytes_moved else None,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,22 @@ def test_a_peer_that_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls["b"] is peers.NEEDS_GPU
     assert not isinstance(calls["a"], Missing)
     assert calls["a"]() == 2
+
+
+def test_a_slow_variant_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(common, "SLOW", 0.05)
+
+    def slow() -> torch.Tensor:
+        calls.append(time.sleep(0.06))
+        return torch.ones(1)
+
+    rows = rows_of(cpu=lambda: torch.ones(1), slow=slow)
+    assert len(calls) == 1
+    assert rows["slow"].rounds == 1
+    assert rows["slow"].median_s is not None
+    assert rows["slow"].median_s >= 0.06
+    assert rows["cpu"].rounds == 3
 
 
 def test_memory_alone() -> None:
