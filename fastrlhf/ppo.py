@@ -159,14 +159,15 @@ def run(config: PPOConfig) -> Path:
         value = load_scalar_model(config.reward_model)
         prompts = _read_prompts(config, tokenizer, policy.context)
         documents = _read_documents(config, tokenizer, policy.context)
-        average = EMA.of(policy.to(s.device), config.ema)
+        average = EMA.of(policy.to(s.device), config.ema) if config.ema else None
         policy, value, optimizer, value_optimizer = s.prepare(
             policy,
             value,
             make_optimizer(policy, config.optim),
             make_optimizer(value, config.value_optim),
         )
-        s.register(average)
+        if average is not None:
+            s.register(average)
         actors = Actors(
             policy=policy,
             value=value,
@@ -206,7 +207,8 @@ def run(config: PPOConfig) -> Path:
                     step = (s, config, iteration + 1, actors, rollout, rows)
                     found = _update_policy(*step, optimizer, lr, texts)
                     found |= _update_value(*step, value_optimizer, value_lr)
-                    average.update(s.unwrap(policy))
+                    if average is not None:
+                        average.update(s.unwrap(policy))
                     updates.append(found)
                 stats = rollout.stats | {k: _mean([u[k] for u in updates]) for k in updates[0]}
                 s.record(iteration + 1, lr=lr, beta=beta, **stats)
@@ -220,7 +222,7 @@ def run(config: PPOConfig) -> Path:
                 if s.due(iteration + 1, config.iterations):
                     s.save(iteration + 1)
         s.save_model(value, tokenizer, "value")
-        if config.ema:
+        if average is not None:
             average.copy_to(s.unwrap(policy))
         return s.save_model(policy, tokenizer)
 

@@ -88,8 +88,7 @@ def reference_of_head(
     The references multiply in fp32. On a CPU with AMX a product of bf16 operands is rounded to
     bf16, by the ops as by torch: there it is torch's own product that the reference goes on from.
     """
-    halves = hidden.dtype == weight.dtype == torch.bfloat16
-    if not (backend.name == "cpu" and _linear.CPU_BF16 and halves):
+    if backend.name == "ref" or not _linear.bf16_products(hidden, weight):
         return reference
 
     def of_rounded_product(hidden: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Any:

@@ -160,6 +160,36 @@ def test_products_in_bf16(backend: Backend, op: str, monkeypatch: pytest.MonkeyP
 
 
 @BOTH
+@pytest.mark.parametrize("H", [64, 40])
+@pytest.mark.not_on("ref", "the reference multiplies in fp32")
+def test_memory_need_not_be_clean(
+    backend: Backend, op: str, H: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where products are bf16 too, whose left operand AMX reads past the end of its rows."""
+    monkeypatch.setattr(_linear, "CPU_BF16", True)
+    monkeypatch.setattr(_linear, "ROWS", 64)  # oneDNN has other code for few rows
+    monkeypatch.setattr(_linear_losses, "LEAST_ROWS", {"cpu": 64, "cuda": 64})
+    hidden, weight, labels, _ = case(66, 163, H, backend, torch.bfloat16)
+    hidden[5, 1], labels[9] = NAN, -100
+
+    def gradients() -> list[Tensor]:
+        return run(FUNCTIONS[op][0], hidden, weight, labels, backend=backend.name)
+
+    clean = gradients()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        filled = gradients()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(clean, filled, strict=True):
+        assert_same_bits(a, b)
+    if op == "linear_logprobs":
+        bad = [not x.isfinite().all() for x in filled[2]]
+        assert [i for i, found in enumerate(bad) if found] == [5]
+
+
+@BOTH
 def test_strides(backend: Backend, op: str) -> None:
     """Slices, transposes and expanded views; ruled by the oracle, since products change bits."""
     hidden, weight, labels, bias = case(6, 22, 10, backend)

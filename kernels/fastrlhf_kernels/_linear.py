@@ -41,6 +41,18 @@ ALONE_ELEMENTS = 2**20
 
 # Whether bf16 products on this CPU are faster than fp32 ones.
 CPU_BF16 = bool(torch.cpu._is_amx_tile_supported())
+# bf16 elements of a row of an AMX tile. oneDNN reads rows of the left operand up to a whole one and
+# multiplies what lies past their end by zero, so that a NaN or an infinity there becomes a result.
+AMX_COLUMNS = 32
+
+
+def bf16_products(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether a CPU multiplies these as bf16.
+
+    Not where H is no whole number of AMX_COLUMNS: a NaN in a row would harm the row before it.
+    """
+    halves = hidden.dtype == weight.dtype == torch.bfloat16
+    return halves and CPU_BF16 and hidden.shape[-1] % AMX_COLUMNS == 0 and not hidden.is_cuda
 
 
 class Rows(NamedTuple):
@@ -68,11 +80,10 @@ def gather_rows(
     """Cuts out the ignored rows and chooses the dtypes."""
     result = compute_dtype(hidden, weight)
     operand = z_dtype = result
-    if hidden.dtype == weight.dtype and hidden.dtype.itemsize == 2:
-        if hidden.is_cuda:
-            operand = hidden.dtype
-        elif CPU_BF16 and hidden.dtype == torch.bfloat16:
-            operand = z_dtype = hidden.dtype
+    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize == 2:
+        operand = hidden.dtype
+    elif bf16_products(hidden, weight):
+        operand = z_dtype = hidden.dtype
     labels = labels.to(torch.int64)
     valid = labels != ignore_index
     places: Tensor | None = None
@@ -161,6 +172,8 @@ class Scratch:
     def pieces(self, n: int, V: int) -> tuple[Tensor, Tensor]:
         """Logits and their gradient, (n, V)."""
         z = self.z[:n, :V]
+        if z.dtype == torch.bfloat16:
+            self.z[:n, V : V + -V % AMX_COLUMNS] = 0.0
         return z, z if self.dz is self.z else self.dz[:n, :V]
 
 
