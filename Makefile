@@ -1,4 +1,4 @@
-# make demo | test | asan | bench | bench-report | lint | wheel | clean
+# make demo | test | asan | bench | bench-report | trl-1.12 | lint | wheel | clean
 #
 # Needs python3 (3.10 to 3.13), git and a package index; each target makes .venv first if need be.
 # A C++ compiler and nvcc are used where they are found; what is missing is said, and survived.
@@ -18,6 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILT := .venv/.built
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
+TRL_1_12 := .venv/.trl-1.12
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.py)
 OPS := $(basename $(notdir $(wildcard kernels/fastrlhf_kernels/[a-z]*.py)))
 ASAN_TESTS := $(OPS:%=tests/test_%.py) $(wildcard tests/test_linear_heads.py) tests/test_build.py \
@@ -29,7 +30,7 @@ SAY_PARTS := import json; \
   [print(f"fastrlhf: {name} part:", "built" if part["built"] else "NOT built: " + part["reason"]) \
    for name, part in parts.items()]
 
-.PHONY: demo test asan bench bench-report lint wheel clean
+.PHONY: demo test asan bench bench-report trl-1.12 lint wheel clean
 
 demo: $(BUILT)
 	$(BIN)/fastrlhf demo $(ARGS)
@@ -83,6 +84,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 # What benchmarks compare with; rows of a peer that cannot be had say so.
 $(PEERS): $(INSTALLED)
 	-$(PIP) install -c constraints.txt -e ".[bench]" --no-build-isolation && touch $@
+
+# TRL's last release with a PPO trainer wants an environment of its own, with torch as it is here;
+# bench/bench_ppo.py compares with it.
+trl-1.12: $(TRL_1_12)/.installed
+
+$(TRL_1_12)/.installed: $(INSTALLED)
+	test -x $(TRL_1_12)/bin/python || $(BIN)/python -m venv $(TRL_1_12)
+	grep -v "^trl==" constraints.txt > $(TRL_1_12)/constraints.txt
+	$(TRL_1_12)/bin/python -m pip --disable-pip-version-check install \
+	  -c $(TRL_1_12)/constraints.txt torch
+	$(TRL_1_12)/bin/python -m pip --disable-pip-version-check install \
+	  -c $(TRL_1_12)/constraints.txt trl==1.12.0
+	touch $@
 
 # The extensions again, after a change to their sources alone.
 $(BUILT): $(INSTALLED) $(NATIVE)

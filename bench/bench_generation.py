@@ -1,13 +1,19 @@
-"""Generation beside transformers' generate and generate_batch.
+"""Generation beside transformers' generate and generate_batch; a decode step beside its bytes.
 
     pytest bench/bench_generation.py
 
-Llama of 8M and 30M parameters (V = 8192), random weights, fp32, temperature 1, prompts of 32 tokens
-that are all different, response lengths drawn beforehand (geometric, mean 48, at most 128), the end
-forced there on all sides. All variants do the same useful work, so the ratio of their times is that
-of useful tokens per second; TFLOP/s counts two operations a weight and useful token, of the prompts
-too. The ceiling is the decode steps' matrix products alone, with as many rows as are alive at each
-step, into outputs made beforehand: in rows as torch has them, and in oneDNN's blocks.
+Llama of 8M and 30M parameters (V = 8192) in fp32, on a GPU of 30M and 1.2G in bf16, random weights,
+temperature 1, prompts of 32 tokens that are all different, response lengths drawn beforehand
+(geometric, mean 48, at most 128), the end forced there on all sides. All variants do the same
+useful work, so the ratio of their times is that of useful tokens per second; TFLOP/s counts two
+operations a weight and useful token, of the prompts too. The ceiling is the decode steps' matrix
+products alone, with as many rows as are alive at each step, into outputs made beforehand: in rows
+as torch has them, and in oneDNN's blocks.
+
+On a GPU, the time of a decode step of models of 1.2G and 6.7G parameters in bf16 is set beside what
+a copy as large as the weights and the keys and values that it reads takes: 64 sequences of 256
+prompt tokens, all different, and as the step's time the difference of runs of 192 and of 64 new
+tokens by 128. That holds all that the host does.
 
 Attention, sampling and stopping of each variant are its own, so there is no common result to
 compare; tests/test_generation_models.py compares tokens and log-probs.
@@ -15,13 +21,15 @@ compare; tests/test_generation_models.py compares tokens and log-probs.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from common import DEVICE, Variant
+from common import DEVICE, Row, Variant, interleave, with_peak
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -35,25 +43,40 @@ from fastrlhf.generation import Engine, Request, Sampling
 from fastrlhf.generation.products import Product, packs
 
 V, PROMPT, LONGEST, MEAN = 8192, 32, 128, 48
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+CASES = [("30M", 128), ("1.2G", 64)] if DEVICE == "cuda" else [("8M", 32), ("30M", 128)]
+
+
+def shape(H: int, F: int, layers: int, heads: int = 8, kv_heads: int = 8, V: int = V) -> dict:
+    return {
+        "hidden_size": H,
+        "intermediate_size": F,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": V,
+    }
+
+
 SHAPES = {
-    "8M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5},
-    "30M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 7},
+    "8M": shape(256, 688, 5),
+    "30M": shape(512, 1376, 7),
+    "1.2G": shape(2048, 8192, 16, 32, 8, 128256) | {"tie_word_embeddings": True},  # Llama 3.2 1B
+    "6.7G": shape(4096, 11008, 32, 32, 32, 32000),  # Llama 2 7B
 }
 
 
 def model_of(size: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=V,
-        num_attention_heads=8,
-        num_key_value_heads=8,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
         **SHAPES[size],
     )
-    return LlamaForCausalLM(config).to(DEVICE).eval()
+    with torch.device(DEVICE):
+        return LlamaForCausalLM._from_config(config, dtype=DTYPE).eval()
 
 
 class Lengths(StoppingCriteria):
@@ -109,6 +132,13 @@ def wanted(found: Any, right: Any) -> None:
         raise AssertionError(f"generated {found}, wanted {right}")
 
 
+def multiplied(model: LlamaForCausalLM) -> int:
+    """Weights that a token is multiplied with: all but the embedding, unless that is the head."""
+    count = sum(p.numel() for p in model.parameters())
+    tied = model.config.tie_word_embeddings
+    return count if tied else count - model.model.embed_tokens.weight.numel()
+
+
 @torch.inference_mode()
 def products(model: LlamaForCausalLM, lengths: list[int], *, packed: bool) -> Any:
     """A function that does the matrix products of all decode steps."""
@@ -123,12 +153,12 @@ def products(model: LlamaForCausalLM, lengths: list[int], *, packed: bool) -> An
             [mlp.gate_proj, mlp.up_proj],
             [mlp.down_proj],
         ]
-    inputs = [torch.randn(n, group[0].in_features, device=DEVICE) for group in groups]
+    inputs = [torch.randn(n, g[0].in_features, device=DEVICE, dtype=DTYPE) for g in groups]
     if packed:
         blocked = [Product(group, packed=True, rows=n) for group in groups]
     else:
         weights = [torch.cat([m.weight for m in group]).t() for group in groups]
-        outputs = [torch.empty(n, w.shape[1], device=DEVICE) for w in weights]
+        outputs = [torch.empty(n, w.shape[1], device=DEVICE, dtype=DTYPE) for w in weights]
 
     @torch.inference_mode()
     def run() -> None:
@@ -144,12 +174,13 @@ def products(model: LlamaForCausalLM, lengths: list[int], *, packed: bool) -> An
     return run
 
 
-@pytest.mark.parametrize(("size", "n"), [("8M", 32), ("30M", 128)])
+@pytest.mark.parametrize(("size", "n"), CASES)
 def test_generation(compare, size: str, n: int) -> None:
     model = model_of(size)
+    vocabulary = SHAPES[size]["vocab_size"]
     lengths = np.minimum(np.random.default_rng(0).geometric(1 / MEAN, n), LONGEST).tolist()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, V, (n, PROMPT), generator=generator).to(DEVICE)
+    ids = torch.randint(3, vocabulary, (n, PROMPT), generator=generator).to(DEVICE)
     prompts = ids.tolist()
     requests = [
         Request(prompt=prompt, seed=i, sampling=Sampling(max_new_tokens=length))
@@ -169,14 +200,58 @@ def test_generation(compare, size: str, n: int) -> None:
     ceilings = {"products alone": products(model, lengths, packed=False)}
     if packs(model.lm_head.weight):
         ceilings["products alone, in blocks"] = products(model, lengths, packed=True)
-    weights = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
     compare(
         "generation",
         variants,
         shape=f"{size} B={n} {sum(lengths)} tokens",
-        dtype=torch.float32,
-        flops=2 * weights * (sum(lengths) + n * PROMPT),
+        dtype=DTYPE,
+        flops=2 * multiplied(model) * (sum(lengths) + n * PROMPT),
         ceilings=ceilings,
         rounds=3,
         pause=0.2,
     )
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the bound of a decode step's bytes is a GPU's")
+@pytest.mark.parametrize("size", ["1.2G", "6.7G"])
+def test_decode_step(keep, size: str) -> None:
+    model, n, length, few, many = model_of(size), 64, 256, 64, 192
+    config = model.config
+    prompts = torch.randint(3, config.vocab_size, (n, length)).tolist()
+    engine = Engine(model, slots=n, keep=True)
+
+    def seconds(new: int) -> float:
+        requests = [
+            Request(prompt=prompt, seed=i, sampling=Sampling(max_new_tokens=new))
+            for i, prompt in enumerate(prompts)
+        ]
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        wanted(engine.run(requests).lengths.tolist(), [new] * n)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    _, peak = with_peak(lambda: seconds(many))  # captures all graphs
+    times = [(seconds(many) - seconds(few)) / (many - few) for _ in range(5)]
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    seen = length + (few + many) // 2
+    moved = 2 * multiplied(model) + n * seen * a_token
+    source = torch.empty(1 << 29, dtype=torch.uint8, device=DEVICE).fill_(1)
+    target = torch.empty_like(source)
+    copies = interleave({"copy": lambda: target.copy_(source)})["copy"]
+    rate = 2 * source.nbytes / statistics.median(copies)
+    low, median, high = statistics.quantiles(times, n=4)
+    row = Row(
+        "decode_step",
+        "triton",
+        DEVICE,
+        f"{size} B={n}, {seen} tokens seen",
+        "bfloat16",
+        median_s=median,
+        iqr_s=high - low,
+        rounds=len(times),
+        gb_per_s=moved / median * 1e-9,
+        share_of_copy=moved / rate / median,
+        peak_bytes=peak,
+    )
+    keep([row])

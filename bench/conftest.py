@@ -1,8 +1,9 @@
-"""The `compare` fixture, and what the results say of the machine."""
+"""The `compare` and `keep` fixtures, and what the results say of the machine."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import peers
 import pytest
 import torch
-from common import OURS, Missing, measure, table
+from common import OURS, Missing, Row, measure, table
 
 import fastrlhf_kernels
 from fastrlhf_kernels import _native
@@ -41,23 +42,35 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def compare(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """`common.measure`, with the table printed and the rows put into pytest-benchmark's record."""
+def keep(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Prints rows and puts them, and more, into pytest-benchmark's record; fails on a bad one."""
+
+    def run(rows: list[Row], call: Callable[[], Any] = lambda: None, **more: Any) -> None:
+        benchmark.extra_info.update(more, rows=[dataclasses.asdict(row) for row in rows])
+        with capsys.disabled():
+            print("\n" + table(rows))
+            for name, facts in more.items():
+                print(f"{name}: {json.dumps(facts)}")
+        benchmark.pedantic(call, rounds=1)
+        wrong = [f"{row.variant}: {row.note}" for row in rows if row.note and row.variant in OURS]
+        if wrong:  # only now: the record keeps the row
+            pytest.fail(f"{rows[0].op}, {rows[0].shape}: {'; '.join(wrong)}")
+
+    return run
+
+
+@pytest.fixture
+def compare(keep: Callable[..., None]) -> Callable[..., None]:
+    """`common.measure`, with its rows kept."""
 
     def run(op: str, variants: dict[str, Callable[[], Any]], **settings: Any) -> None:
         rows = measure(op, variants, **settings)
-        benchmark.extra_info["rows"] = [dataclasses.asdict(row) for row in rows]
-        with capsys.disabled():
-            print("\n" + table(rows))
         # pytest-benchmark's own figure is that of the first variant that could be timed.
         timed = next((row.variant for row in rows if row.median_s is not None), None)
         first = variants.get(timed or "", Missing(""))
         call = (lambda: None) if isinstance(first, Missing) else first
         synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-        benchmark.pedantic(lambda: (call(), synchronise()), rounds=1)
-        wrong = [f"{row.variant}: {row.note}" for row in rows if row.note and row.variant in OURS]
-        if wrong:  # only now: the record keeps the row
-            pytest.fail(f"{op}, {rows[0].shape}: {'; '.join(wrong)}")
+        keep(rows, lambda: (call(), synchronise()))
 
     return run
 

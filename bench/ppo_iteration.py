@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,12 @@ from typing import Any
 
 import torch
 from common import DEVICE
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastrlhf import ppo, rollout
 from fastrlhf.models import LanguageModel, scalar_from_language_model
@@ -63,39 +68,58 @@ def timed(call: Callable[..., Any], seconds: list[tuple[float, float]]) -> Calla
     return run
 
 
-def write_run(folder: Path, options: argparse.Namespace) -> None:
-    """Models, prompts and documents."""
-    tokenizer = build_tokenizer()
-    config = GPT2Config(
-        vocab_size=max(options.vocabulary, len(tokenizer)),
-        n_embd=options.width,
-        n_layer=options.layers,
-        n_head=options.heads,
-        n_positions=options.prompt + options.new_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    torch.manual_seed(0)
-    model = LanguageModel(GPT2LMHeadModel(config))
+def write_run(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[int],
+    documents: Sequence[int] = (),
+) -> None:
+    """Models, and prompts and documents of these lengths in tokens, of random words."""
+    wrapped = LanguageModel(model)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters", flush=True)
-    model.save(folder / "policy", tokenizer)
+    wrapped.save(folder / "policy", tokenizer)
     scalar_from_language_model(folder / "policy").save(folder / "reward", tokenizer)
     words = [word for word in tokenizer.get_vocab() if word.isalpha()]
     draw = random.Random(0)
+    # One word, one token, and a token before the first.
+    for name, field, lengths in (("prompts", "prompt", prompts), ("documents", "text", documents)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for i, length in enumerate(lengths):
+                text = " ".join(draw.choices(words, k=length - 1))
+                user = {"user": f"{i}"} if field == "prompt" else {}
+                file.write(json.dumps({field: text, **user}) + "\n")
 
-    def text(length: int) -> str:
-        return " ".join(draw.choices(words, k=length))
 
-    with (folder / "prompts.jsonl").open("w") as file:
-        for i in range(options.batch):
-            file.write(json.dumps({"prompt": text(options.prompt - 2), "user": f"{i}"}) + "\n")
-    with (folder / "documents.jsonl").open("w") as file:
-        for _ in range(options.batch):
-            file.write(json.dumps({"text": text(options.prompt + options.new_tokens - 2)}) + "\n")
+def run_phases(config: ppo.PPOConfig) -> dict[str, Any]:
+    """Runs `fastrlhf ppo`; seconds of each iteration, and of its phases in it."""
+    calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    whole = [getattr(module, name) for module, name in PHASES.values()]
+    try:
+        for (phase, (module, name)), call in zip(PHASES.items(), whole, strict=True):
+            setattr(module, name, timed(call, calls[phase]))
+        began = time.perf_counter()
+        ppo.run(config)
+        seconds = time.perf_counter() - began
+    finally:
+        for (module, name), call in zip(PHASES.values(), whole, strict=True):
+            setattr(module, name, call)
+    # An iteration is from the start of a collection to that of the next, and the last to its
+    # last update.
+    starts = [start for start, _ in calls["collect"]]
+    last, length = calls["update value"][-1]
+    ends = [*starts[1:], last + length]
+    return {
+        "the whole run": seconds,
+        "iterations": [
+            {"seconds": end - start}
+            | {
+                phase: sum(t for began, t in those if start <= began < end)
+                for phase, those in calls.items()
+            }
+            for start, end in zip(starts, ends, strict=True)
+        ],
+    }
 
 
 def main() -> None:
@@ -117,12 +141,32 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
-    calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for phase, (module, name) in PHASES.items():
-        setattr(module, name, timed(getattr(module, name), calls[phase]))
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=max(options.vocabulary, len(tokenizer)),
+            n_embd=options.width,
+            n_layer=options.layers,
+            n_head=options.heads,
+            n_positions=options.prompt + options.new_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_run(folder, options)
+        write_run(
+            folder,
+            model,
+            tokenizer,
+            [options.prompt] * options.batch,
+            [options.prompt + options.new_tokens] * options.batch,
+        )
         config = ppo.PPOConfig(
             out=folder / "run",
             data=folder,
@@ -140,27 +184,15 @@ def main() -> None:
             samples=0,
             tensorboard=False,
         )
-        began = time.perf_counter()
-        ppo.run(config)
-        whole = time.perf_counter() - began
+        timings = run_phases(config)
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    # An iteration is from the start of a collection to that of the next, and the last to its
-    # last update.
-    starts = [start for start, _ in calls["collect"]]
-    last, length = calls["update value"][-1]
-    ends = [*starts[1:], last + length]
-    iterations = [end - start for start, end in zip(starts, ends, strict=True)]
-    found: dict[str, Any] = {
-        "iteration": statistics.median(iterations[1:]),
-        "first iteration": iterations[0],
-        "the whole run": whole,
+    first, *others = timings["iterations"]
+    found: dict[str, float] = {
+        "iteration": statistics.median(i["seconds"] for i in others),
+        "first iteration": first["seconds"],
+        "the whole run": timings["the whole run"],
     }
-    for phase, times in calls.items():
-        sums = [
-            sum(t for began, t in times if start <= began < end)
-            for start, end in zip(starts[1:], ends[1:], strict=True)
-        ]
-        found[phase] = statistics.median(sums)
+    found |= {phase: statistics.median(i[phase] for i in others) for phase in PHASES}
     tokens = options.batch * options.new_tokens
     print(f"{DEVICE}, {options.batch} episodes of {options.prompt} + {options.new_tokens} tokens")
     for name, seconds in found.items():

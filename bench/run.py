@@ -37,6 +37,7 @@ ORDER = (
     "linear_cross_entropy",
     "linear_ppo_loss",
     "generation",
+    "ppo",
     "gae",
     "rollout_advantages",
     "ranking_loss",

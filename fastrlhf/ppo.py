@@ -27,6 +27,7 @@ from fastrlhf.batching import Example, cyclic_indices, epoch_order, micro_batche
 from fastrlhf.config import require, resolve
 from fastrlhf.encoding import Recipe, decode, decode_prompt, document_examples, prompt_ids
 from fastrlhf.errors import UserError
+from fastrlhf.generation import Engine
 from fastrlhf.models import EMA, load_language_model, load_scalar_model
 from fastrlhf.records import read_documents, read_prompts
 from fastrlhf.rollout import Actors, Rollout, RolloutSettings, collect, response_slots
@@ -175,6 +176,8 @@ def run(config: PPOConfig) -> Path:
             reward=load_scalar_model(config.reward_model).to(s.device),
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
+            # Updates are in place, so that a CUDA graph captured once serves the whole run.
+            engine=Engine(s.unwrap(policy), slots=config.generate_batch, keep=True),
         )
         settings = _rollout_settings(config)
         first = s.restore()

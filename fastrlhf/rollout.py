@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrlhf.batching import Example, micro_batches
-from fastrlhf.generation import Generated, generate
+from fastrlhf.generation import Engine, Generated, generate
 from fastrlhf.metrics import reward_scores
 from fastrlhf.models import LanguageModel, ScalarModel
 from fastrlhf.training import Session
@@ -48,6 +48,8 @@ class Actors:
     reward: ScalarModel
     eos_id: int
     pad_id: int
+    engine: Engine | None = None
+    """The policy's generator, where one is kept from batch to batch."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +93,7 @@ def collect(
         seeds=seeds,
         temperature=settings.temperature,
         batch_size=settings.generate_batch,
+        engine=actors.engine,
     )
     episodes = [
         Example((*p, *t[:n]), len(p))

@@ -17,10 +17,12 @@ from trainer_fixtures import tiny_model
 from fastrlhf.generation import Engine, Outcome, Request, Sampling, Token
 from fastrlhf.generation.graphs import Steps, rounded
 from fastrlhf.generation.pages import PAGE_SIZE, Pages, pages_for
+from fastrlhf.generation.products import packs
 from fastrlhf.models import LanguageModel
 from fastrlhf_kernels import logprobs_from_logits, sample
 
 END = 2
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def model_of(context: int = 128, **shape: Any) -> LanguageModel:
@@ -166,8 +168,9 @@ def test_sizes_of_graphs_are_few_and_close() -> None:
     assert all(n <= rounded(n) <= max(1.5 * n, n + 1) for n in range(1, 2000))
 
 
-def test_the_cache_is_taken_again_where_it_is_kept() -> None:
-    model = model_of()
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_cache_is_taken_again_where_it_is_kept(device: str) -> None:
+    model = model_of().to(device)
     engine = Engine(model, slots=4, pack=False, keep=True)
     long = asked(9, prompts=4, max_new_tokens=30)
     wanted = responses(Engine(model, slots=4, pack=False).run(long))
@@ -177,9 +180,53 @@ def test_the_cache_is_taken_again_where_it_is_kept() -> None:
     assert responses(engine.run(long[:3])) == wanted[:3]
     assert responses(engine.run(long)) == wanted
     assert engine.kept is kept
+    with torch.no_grad():  # as an optimiser does, in place
+        model.head.weight.mul_(3.0)
+        model.model.base_model.layers[0].mlp.down_proj.weight.mul_(-1.0)
+    updated = responses(Engine(model, slots=4, pack=False).run(long))
+    assert updated != wanted
+    assert responses(engine.run(long)) == updated
+    assert engine.kept is kept
     engine.run(asked(9, temperature=0.5))  # other settings, another step
     assert engine.kept is not kept
     engine.release()
+    assert engine.kept is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_cache_kept_grows_to_what_every_run_needs(device: str) -> None:
+    model = model_of().to(device)
+    engine = Engine(model, slots=4, pack=False, keep=True)
+    many, long = asked(9, prompts=9, max_new_tokens=3), asked(2, max_new_tokens=60)
+    for requests in (many, long, many, long):
+        wanted = responses(Engine(model, slots=4, pack=False).run(requests))
+        assert responses(engine.run(requests)) == wanted
+    kept = engine.kept
+    assert kept is not None
+    engine.run(many)
+    assert engine.kept is kept
+    engine.run(long)
+    assert engine.kept is kept
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+def test_a_replayed_graph_draws_what_its_kernels_draw() -> None:
+    model = model_of().to("cuda")
+    requests = asked(40, prompts=9, max_new_tokens=30, temperature=0.7, top_p=0.9)
+    wanted = Engine(model, slots=16, graphs=False).run(requests)
+    found = Engine(model, slots=16).run(requests)
+    assert responses(found) == responses(wanted)
+    torch.testing.assert_close(found.logprobs, wanted.logprobs)
+
+
+def test_a_large_cache_or_copies_of_weights_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    packed = Engine(model, slots=4, keep=True)
+    packed.run(asked(3))
+    assert (packed.kept is None) == packs(model.head.weight)
+    engine = Engine(model, slots=4, pack=False, keep=True, memory=1 << 26)
+    monkeypatch.setattr("fastrlhf.generation.engine.free_memory", lambda device: 1 << 10)
+    engine.run(asked(3))
     assert engine.kept is None
 
 

@@ -42,17 +42,22 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     batch_size: int = 256,
+    engine: Engine | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Generated:
     """Sample a response to each prompt.
 
     prompts: N token lists, none empty. seeds: one int64 a prompt; equal seeds at equal logits draw
     equal tokens, so samples of one prompt need seeds of their own. temperature 0 is greedy.
-    batch_size: sequences that are decoded together. ``advance(n)`` is called as responses are
-    finished. Raises ValueError for an empty prompt, a wrong number of seeds, or a prompt that
-    leaves no room in the model's context; FloatingPointError where the model's logits are no
+    batch_size: sequences that are decoded together. engine: one of this very model, with slots of
+    its own in place of batch_size, which may have kept its cache and graphs from an earlier call
+    (``Engine(model, keep=True)``). ``advance(n)`` is called as responses are finished. Raises
+    ValueError for an empty prompt, a wrong number of seeds, an engine of another model, or a prompt
+    that leaves no room in the model's context; FloatingPointError where the model's logits are no
     numbers; KeyboardInterrupt as it comes.
     """
+    if engine is not None and engine.model is not model:
+        raise ValueError("engine: it is one of another model")
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds: wanted one a prompt ({len(prompts)}), got {len(seeds)}")
     sampling = Sampling(
@@ -67,7 +72,8 @@ def generate(
         Request(prompt=prompt, seed=seed, sampling=sampling)
         for prompt, seed in zip(prompts, torch.as_tensor(seeds).tolist(), strict=True)
     ]
-    outcome = Engine(model, slots=batch_size).run(requests, advance=advance)
+    engine = engine or Engine(model, slots=batch_size)
+    outcome = engine.run(requests, advance=advance)
     if outcome.interrupted:
         raise KeyboardInterrupt
     if broken := outcome.finishes.count("error"):

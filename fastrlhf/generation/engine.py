@@ -47,6 +47,9 @@ from fastrlhf.runlog import progress as progress_bar
 # Share of the memory that is free when a run begins which its cache may take: the rest is for
 # prompts on their way through the model, and logits.
 MEMORY_SHARE = 0.6
+# Share of the same that a cache may take and still be kept for the next run: a trainer wants the
+# memory in between.
+KEPT_SHARE = 0.1
 
 Stream = Callable[[list[Token]], None]
 
@@ -77,8 +80,9 @@ class Engine:
             pack: on a CPU, copy weights for the time of a run to the layout that is fastest to
                 read; takes as much memory again as the weights.
             graphs: on a GPU, replay the fused step as a CUDA graph.
-            keep: hold the cache and the graphs after a run, and take them again in the next one if
-                they are large enough and its settings are the same; `release` lets them go.
+            keep: hold the cache and the graphs after a run if the cache is small beside the memory
+                that was free, and take them again in the next run if they are large enough and its
+                settings are the same; `release` lets them go.
 
         Raises:
             UnsupportedModel: a ValueError that lists what is supported.
@@ -163,10 +167,8 @@ class Engine:
         """Pages that the cache may have."""
         memory = self.memory
         if memory is None:
-            free = free_memory(self.decoder.device)
-            if self.kept is not None:
-                free += self.kept.rows.cache.data.nbytes
-            memory = int(free * MEMORY_SHARE)
+            held = 0 if self.kept is None else self.kept.bytes
+            memory = int((free_memory(self.decoder.device) + held) * MEMORY_SHARE)
         return memory // self.decoder.shape.page_bytes
 
 
@@ -187,12 +189,22 @@ class _Device:
         captured = engine.graphs and step is not None and decoder.device.type == "cuda"
         self.steps = Steps(self.rows, step or decoder.step, settings, captured=captured)
         # Copies of weights would be those of the last run.
-        self.reusable = step is None or not engine.pack or decoder.device.type != "cpu"
+        self.copies = step is not None and engine.pack and decoder.device.type == "cpu"
+
+    @property
+    def bytes(self) -> int:
+        """Of the cache."""
+        return self.rows.cache.data.nbytes
+
+    def may_stay(self) -> bool:
+        """Whether it is right, and small enough, to be held between runs."""
+        free = free_memory(self.rows.cache.data.device) + self.bytes
+        return not self.copies and self.bytes <= KEPT_SHARE * free
 
     def serves(self, slots: int, pages: int, context: int, settings: Settings) -> bool:
         """Whether another run can take it over."""
         large = slots <= self.slots and pages <= self.pages and context <= self.context
-        return self.reusable and large and settings.alike(self.settings)
+        return large and settings.alike(self.settings)
 
 
 class _Run:
@@ -216,9 +228,12 @@ class _Run:
         context = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
         held = engine.kept
         if held is None or not held.serves(slots, count, context, self.settings):
+            size = slots, count, context
+            if held is not None:  # as large as any run so far, or runs in turn never fit
+                size = max(slots, held.slots), max(count, held.pages), max(context, held.context)
             engine.kept = held = None  # before more memory is taken
-            held = _Device(engine, slots, count, context, self.settings)
-        engine.kept = held if engine.keep else None
+            held = _Device(engine, size[0], min(size[1], budget), size[2], self.settings)
+        engine.kept = held if engine.keep and held.may_stay() else None
         held.steps.settings = self.settings
         self.rows, self.steps, self.cache = held.rows, held.steps, held.rows.cache
         self.rows.seated.clear()

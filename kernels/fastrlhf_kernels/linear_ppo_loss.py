@@ -65,10 +65,11 @@ IGNORE = -100  # the label that marks a row without one, as everywhere by defaul
 
 # Whole rows of logits with their entropy; policy_loss ships the other kernels.
 AOT_CONFIGS = [
-    dataclasses.replace(config, constants={**config.constants, **whole})
-    for config, whole in zip(
-        aot_configs("*fp32", "*bf16", head=True), ({"BEGIN": True, "END": True}, {}), strict=True
+    dataclasses.replace(
+        config,
+        constants={k: v or k in ("BEGIN", "END") for k, v in config.constants.items()},
     )
+    for config in aot_configs("*fp32", "*bf16", head=True)
 ]
 
 
