@@ -57,6 +57,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FUSED = [name for name, (kind, _) in SHAPES.items() if kind in "llama mistral qwen2 qwen3 gpt2"]
 ALL = pytest.mark.parametrize("name", SHAPES)
+ON = pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 WAYS = pytest.mark.parametrize(
     ("name", "fused"), [(n, False) for n in SHAPES] + [(n, True) for n in FUSED]
 )
@@ -95,8 +96,10 @@ def forward_logprobs(
     whole = [[*r.prompt, *found.tokens] for r, found in zip(asked, outcome, strict=True)]
     tokens, lengths = pad(whole, 0)
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    device = next(model.parameters()).device
     with torch.no_grad():
-        logits = model(tokens, attention_mask=mask.long()).logits[:, :-1].double()
+        found = model(tokens.to(device), attention_mask=mask.long().to(device))
+    logits = found.logits[:, :-1].double().cpu()
     placed = (logits / temperature).log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
     return torch.cat(
         [
@@ -107,7 +110,7 @@ def forward_logprobs(
 
 
 def own_logprobs(outcome: Outcome) -> Tensor:
-    return torch.cat([result.logprobs for result in outcome]).double()
+    return torch.cat([result.logprobs for result in outcome]).double().cpu()
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -135,10 +138,13 @@ def test_greedy_equals_transformers_generate(name: str, fused: bool) -> None:
         assert result.finish == ("end" if theirs[-1] == END else "length")
 
 
+@ON
 @WAYS
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_equal_a_forward_pass_in_fp32(name: str, fused: bool, temperature: float) -> None:
-    model = model_of(name)
+def test_logprobs_equal_a_forward_pass_in_fp32(
+    name: str, fused: bool, temperature: float, device: str
+) -> None:
+    model = model_of(name).to(device)
     asked = requests(temperature=temperature)
     outcome = Engine(model, slots=4, fused=fused).run(asked)
     wanted = forward_logprobs(model, asked, outcome, temperature)
@@ -154,10 +160,13 @@ def test_weights_in_rows_and_in_blocks_agree(name: str, fused: bool) -> None:
     torch.testing.assert_close(own_logprobs(rows), wanted, atol=1e-5, rtol=0)
 
 
+@ON
 @WAYS
-def test_bf16_is_no_further_from_fp32_than_transformers(name: str, fused: bool) -> None:
+def test_bf16_is_no_further_from_fp32_than_transformers(
+    name: str, fused: bool, device: str
+) -> None:
     """Where the step is transformers' own its errors are as large, drawn anew: hence the slack."""
-    model = model_of(name, torch.bfloat16)
+    model = model_of(name, torch.bfloat16).to(device)
     exact = model_of(name)
     exact.load_state_dict(model.state_dict())
     asked = requests(100, max_new_tokens=40)

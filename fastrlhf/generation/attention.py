@@ -161,10 +161,11 @@ def _packed(
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
+        if (group := q.shape[1] // k.shape[1]) > 1:  # enable_gqa came with torch 2.13
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         found = varlen_attn(
-            q, k, v, cu, cu, longest, longest,
-            scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+            q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0)
+        )
         assert isinstance(found, Tensor)
         out = found
     else:

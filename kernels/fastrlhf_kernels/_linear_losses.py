@@ -54,6 +54,17 @@ def chunk_rows(n: int, V: int, device: str) -> int:
     return min(-(-n // (8 * chunks)) * 8, most)
 
 
+def column_cuts(V: int, weight: Tensor) -> list[slice]:
+    """Columns of one product: all of them, or on a GPU a multiple of 8 and the rest.
+
+    cuBLAS has its fast bf16 products for multiples of 8 only.
+    """
+    whole = V // 8 * 8
+    if not weight.is_cuda or whole in (0, V):
+        return [slice(0, V)]
+    return [slice(0, whole), slice(whole, V)]
+
+
 def inverse_normalizer(
     normalizer: Tensor | None, number: float | None, labels: Tensor, rows: Rows, ignore_index: int
 ) -> float | Tensor:
@@ -98,6 +109,7 @@ def forward_with_gradient(
     chunk = chunk_rows(n, V, rows.hidden.device.type)
     scratch = Scratch(rows, chunk, V)
     state = logprobs.new_empty(3 * chunk)
+    cuts = column_cuts(V, weight)
     with without_autocast(weight), few(chunk, V):
         w = weight.to(rows.hidden.dtype)
         for n0 in range(0, n, chunk):
@@ -106,16 +118,18 @@ def forward_with_gradient(
             part2 = None if entropies is None else entropies[n0:n1]
             head = slice_head(rows.head, n0, n1, 0, V)
             z, dz = scratch.pieces(n1 - n0, V)
-            multiply(h, w.T, z)
+            for v in cuts:
+                multiply(h, w[v].T, z[:, v])
             forward_rows(backend, z, y, head, state, part, part2)
             if upstream is None:
                 continue
             grads = upstream(slice(n0, n1), part, part2)
             backward_rows(backend, z, y, head, state, *grads, dz)
-            if dw is not None:
-                multiply(dz.T, h, dw, add=n0 > 0)
-            if dh is not None:
-                multiply(dz, w, dh[n0:n1])
+            for v in cuts:
+                if dw is not None:
+                    multiply(dz[:, v].T, h, dw[v], add=n0 > 0)
+                if dh is not None:
+                    multiply(dz[:, v], w[v], dh[n0:n1], add=v.start > 0)
             if db is not None:
                 db += dz.sum(0, dtype=db.dtype)
     return logprobs, entropies, (dh, dw, db)

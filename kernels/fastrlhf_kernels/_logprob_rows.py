@@ -247,17 +247,21 @@ def _backward_kernel(
     m = tl.load(state + row)
     rest = tl.load(state + N + row)
     inverse = tl.div_rn(1.0, temperature)
-    share = tl.div_rn(1.0, 1.0 + rest)
     total = 0.0
     n_valid = 0
     for k in range(K):
         valid = tl.load(labels + k) != ignore_index
         total += tl.load(grad_logprobs + k, mask=valid, other=0.0)
         n_valid += tl.where(valid, 1, 0)
+    # A row without a label reads as zeros, and its gradient comes out as 0.
     some = n_valid > 0
+    m = tl.where(some, m, 0.0)
+    rest = tl.where(some, rest, 0.0)
+    share = tl.div_rn(1.0, 1.0 + rest)
     if HAS_ENTROPY:
-        upstream = tl.load(grad_entropy + row)
+        upstream = tl.where(some, tl.load(grad_entropy + row), 0.0)
         mean = tl.load(state + 2 * N + row) * share * inverse
+        mean = tl.where(some, mean, 0.0)
     # A tile is on its way while the one before is worked on.
     ahead = tl.load(x + begin + lane, mask=(begin + lane < V) & some, other=0.0)
     for i in tl.static_range(TILES):
@@ -266,30 +270,39 @@ def _backward_kernel(
         z = ahead
         if i + 1 < TILES:
             ahead = tl.load(x + columns + BLOCK_V, mask=(columns + BLOCK_V < V) & some, other=0.0)
-        own = tl.zeros([BLOCK_V], tl.float32)  # the gradients of the labels equal to a column
-        for k in range(K):
-            label = tl.load(labels + k)
-            grad = tl.load(grad_logprobs + k, mask=label != ignore_index, other=0.0)
-            own += tl.where(columns == (label - first).to(tl.int32), grad, 0.0)
         z = z.to(tl.float32)
         if HAS_BIAS:
-            z += tl.load(bias + bias_start + columns, mask=inside, other=0.0)
+            z += tl.load(bias + bias_start + columns, mask=inside & some, other=0.0)
         slope = inverse
         if scale is not None:
             z *= scale
             slope *= scale
         if HAS_CAP:
-            # d tanh(a) = 4 e / (1 + e)^2 with e = exp(-2|a|), without cancellation
-            e = tl.exp(-2.0 * tl.abs(z * tl.div_rn(1.0, cap)))
-            slope = slope * 4.0 * e / ((1.0 + e) * (1.0 + e))
+            # d tanh(a) = 4 q / (1 + q)^2 with q = exp(-2|a|), without cancellation
+            q = tl.exp(-2.0 * tl.abs(z * tl.div_rn(1.0, cap)))
+            slope = slope * 4.0 * q / ((1.0 + q) * (1.0 + q))
             z = cap * tanh(z * tl.div_rn(1.0, cap))
         u = exponent(z, m, temperature, UNIT)
-        p = exp_nonpositive(u) * share
-        not_p = tl.where(z == m, rest * share, 1.0 - p)
-        dz = own * not_p - (total - own) * p
+        e = exp_nonpositive(u)
+        start = first + begin + i * BLOCK_V
+        n_here = 0
+        for k in range(K):
+            label = tl.load(labels + k)
+            n_here += tl.where((label >= start) & (label < start + BLOCK_V), 1, 0)
+        dz = tl.fma(e, -(total * share), 0.0)  # what follows, where no label is
+        if n_here > 0:
+            own = tl.zeros([BLOCK_V], tl.float32)  # the gradients of the labels equal to a column
+            for k in range(K):
+                label = tl.load(labels + k)
+                grad = tl.load(grad_logprobs + k, mask=label != ignore_index, other=0.0)
+                own += tl.where(columns == (label - first).to(tl.int32), grad, 0.0)
+            p = e * share
+            not_p = tl.where(z == m, rest * share, 1.0 - p)
+            dz = own * not_p - (total - own) * p
         if HAS_ENTROPY:
-            dz -= upstream * p * (u - mean)
-        dz = tl.where(some, dz * slope, 0.0)
+            dz -= upstream * (e * share) * (u - mean)
+        if HAS_CAP or not UNIT or scale is not None:
+            dz *= slope
         tl.store(dx + columns, dz.to(dx.dtype.element_ty), mask=inside)
 
 
