@@ -8,10 +8,12 @@ linear_logprobs, which makes four. Peak memory includes the gradients, 4 H (N + 
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from common import Missing, ours
-from linear_cases import case, cases, products
+from linear_cases import case, cases, exact, products
 from peers import cut_cross_entropy, each, liger_cross_entropy, trl_chunked_head
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,18 +61,16 @@ def functions() -> dict:
 def test_with_gradient(compare, N: int, H: int, V: int, dtype: torch.dtype) -> None:
     hidden, weight, labels = case(N, H, V, dtype)
 
-    def step(f, h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        loss = f(h, w, labels)
+    def step(f, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        loss = f(h, w, y)
         return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
-    oracle = step(
-        lambda h, w, y: linear_cross_entropy(h, w, y, backend="ref"),
-        *(x.double().requires_grad_() for x in (hidden, weight)),
-    )
+    reference = partial(step, partial(linear_cross_entropy, backend="ref"))
+    oracle = exact(reference, hidden, weight, labels, mean=True)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     compare(
         "linear_cross_entropy",
-        each(functions(), lambda f: step(f, *leaves)),
+        each(functions(), lambda f: step(f, *leaves, labels)),
         shape=f"N={N} H={H} V={V}",
         dtype=dtype,
         oracle=oracle,

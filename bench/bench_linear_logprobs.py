@@ -9,10 +9,12 @@ memory of forward + backward includes the gradients, 4 H (N + V) bytes in fp32.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from common import DEVICE, Missing, ours
-from linear_cases import case, cases, products
+from linear_cases import ORACLE_ROWS, case, cases, exact, products
 from peers import each, trl_chunked_head
 from torch import Tensor
 
@@ -43,13 +45,16 @@ def functions() -> dict:
 @pytest.mark.parametrize(("N", "H", "V", "dtype"), CASES, ids=str)
 def test_forward(compare, N: int, H: int, V: int, dtype: torch.dtype) -> None:
     hidden, weight, labels = case(N, H, V, dtype)
-    oracle = linear_logprobs(hidden.double(), weight.double(), labels, backend="ref")
+    wide = weight.double()
+    pieces = zip(hidden.split(ORACLE_ROWS), labels.split(ORACLE_ROWS), strict=True)
+    oracle = [linear_logprobs(h.double(), wide, y, backend="ref") for h, y in pieces]
+    del wide
     compare(
         "linear_logprobs",
         each(functions(), lambda f: f(hidden, weight, labels)),
         shape=f"N={N} H={H} V={V} forward",
         dtype=dtype,
-        oracle=oracle,
+        oracle=torch.cat(oracle),
         tolerance=0.1 if dtype == torch.bfloat16 else 1e-4,
         ceilings={"bare product": products(hidden, weight, "z")},
         flops=2 * N * V * H,
@@ -61,19 +66,19 @@ def test_with_gradient(compare, N: int, H: int, V: int, dtype: torch.dtype) -> N
     hidden, weight, labels = case(N, H, V, dtype)
     upstream = torch.randn(N, device=DEVICE)
 
-    def both(f, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = f(h, w, labels)
-        return torch.autograd.grad(logprobs, (h, w), upstream.to(logprobs.dtype))
+    def both(f, h: Tensor, w: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        logprobs = f(h, w, y)
+        return logprobs, *torch.autograd.grad(logprobs, (h, w), d.to(logprobs.dtype))
 
-    wide = [x.double().requires_grad_() for x in (hidden, weight)]
-    oracle = both(lambda h, w, y: linear_logprobs(h, w, y, backend="ref"), *wide)
+    reference = partial(both, partial(linear_logprobs, backend="ref"))
+    oracle = exact(reference, hidden, weight, labels, upstream)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     compare(
         "linear_logprobs",
-        each(functions(), lambda f: both(f, *leaves)),
+        each(functions(), lambda f: both(f, *leaves, labels, upstream)[1:]),
         shape=f"N={N} H={H} V={V} forward+backward",
         dtype=dtype,
-        oracle=oracle,
+        oracle=oracle[1:],
         tolerance=1.0 if dtype == torch.bfloat16 else 1e-3,
         ceilings={"four bare products": products(*leaves, "zzwh")},
         flops=8 * N * V * H,

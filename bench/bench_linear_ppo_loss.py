@@ -9,10 +9,12 @@ The other heads get the loss by PyTorch's operations. Peak memory includes the g
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from common import DEVICE, Missing, ours
-from linear_cases import case, products
+from linear_cases import case, exact, products
 from peers import each, trl_chunked_head
 from torch import Tensor
 
@@ -74,18 +76,19 @@ def test_with_gradient(compare, N: int, H: int, V: int) -> None:
     old = torch.where(near, logprobs, old)
     data = (labels, old, torch.randn(N, device=DEVICE))
 
-    def step(f, h: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    def step(f, h: Tensor, w: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
         loss = f(h, w, *data)
         return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
-    wide = [x.double().requires_grad_() for x in (hidden, weight)]
-    oracle = step(
-        lambda *args: linear_ppo_loss(*args, entropy_coef=ENTROPY_COEF, backend="ref")[0], *wide
-    )
+    def reference(*args: Tensor) -> tuple[Tensor, ...]:
+        loss = partial(linear_ppo_loss, entropy_coef=ENTROPY_COEF, backend="ref")
+        return step(lambda *args: loss(*args)[0], *args)
+
+    oracle = exact(reference, hidden, weight, *data, mean=True)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     compare(
         "linear_ppo_loss",
-        each(functions(), lambda f: step(f, *leaves)),
+        each(functions(), lambda f: step(f, *leaves, *data)),
         shape=f"N={N} H={H} V={V}",
         dtype=dtype,
         oracle=oracle,

@@ -15,6 +15,7 @@ from common import DEVICE
 from torch import Tensor
 
 COLUMNS = 4096
+ORACLE_ROWS = 1024  # at a time in fp64: all of the largest case do not fit into 80 GB
 WIDE = (2048, 512, 50257, torch.float32)  # on a CPU; in bf16 it takes minutes
 
 Shape = tuple[int, int, int]  # N, H, V
@@ -33,6 +34,31 @@ def case(N: int, H: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     hidden = torch.randn(N, H, **options).to(dtype)
     weight = (torch.randn(V, H, **options) * H**-0.5).to(dtype)
     return hidden, weight, torch.randint(0, V, (N,), **options)
+
+
+def exact(
+    step: Callable[..., tuple[Tensor, ...]],
+    hidden: Tensor,
+    weight: Tensor,
+    *data: Tensor,
+    mean: bool = False,
+) -> tuple[Tensor, ...]:
+    """step(hidden, weight, *data) in fp64, a piece of the rows at a time.
+
+    What it gives are values a row, or with `mean` the mean of such, then the gradients of hidden
+    and weight.
+    """
+    wide = weight.detach().double().requires_grad_()
+    pieces = zip(*(x.detach().split(ORACLE_ROWS) for x in (hidden, *data)), strict=True)
+    values, of_hidden, of_weight = [], [], torch.zeros_like(wide)
+    for rows, *others in pieces:
+        share = len(rows) / len(hidden) if mean else 1.0
+        value, dh, dw = step(rows.double().requires_grad_(), wide, *others)
+        values.append(value.detach() * share)
+        of_hidden.append(dh * share)
+        of_weight = of_weight + dw * share
+    value = torch.stack(values).sum() if mean else torch.cat(values)
+    return value, torch.cat(of_hidden), of_weight.detach()
 
 
 def products(hidden: Tensor, weight: Tensor, kinds: str) -> Callable[[], None]:

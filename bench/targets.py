@@ -187,6 +187,10 @@ TARGETS = [
            times("decode_attention", "", "^flash-attn"), gpu=True),
     Target("generation against the better of transformers' generate", 4,
            times("generation", "", "^generate,"), gpu=True),
+    Target("a decode step of 1.2G parameters, share of a copy's bandwidth", 0.55,
+           shares("decode_step", "^1.2G"), gpu=True),
+    Target("a decode step of 6.7G parameters, share of a copy's bandwidth", 0.75,
+           shares("decode_step", "^6.7G"), gpu=True),
 ]  # fmt: skip
 
 

@@ -121,6 +121,28 @@ def test_vocabularies_about_the_tiles_widths(backend: Backend, op: str, V: int) 
 
 
 @BOTH
+@pytest.mark.parametrize("V", [7, 29, COLUMNS + 3])
+def test_columns_cut_for_the_products(
+    backend: Backend, op: str, V: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; and the rows' work is not cut with them: it has the bits of whole pieces."""
+
+    def cuts(columns: int, x: Tensor) -> list[slice]:
+        return [slice(0, columns // 8 * 8), slice(columns // 8 * 8, columns)]
+
+    hidden, weight, labels, bias = case(9, V, 5, backend)
+    # Sums of few small integers: exact, and the same however the products are cut.
+    hidden, weight = (x.mul(2).round().clamp(-3, 3) for x in (hidden, weight))
+    labels[1] = -100
+    whole = check(backend, op, hidden, weight, labels, bias=bias)
+    monkeypatch.setattr(_linear, "column_cuts", cuts)
+    monkeypatch.setattr(_linear_losses, "column_cuts", cuts)
+    found = check(backend, op, hidden, weight, labels, bias=bias)
+    for a, b in zip(found[:-3], whole[:-3], strict=True):  # but for the gradients
+        assert_same_bits(a, b)
+
+
+@BOTH
 @pytest.mark.parametrize("dtype", HALVES)
 def test_sums_over_pieces_of_halves(backend: Backend, op: str, dtype: torch.dtype) -> None:
     """They stay in fp32: what later pieces add would be lost in a half's first large sum."""

@@ -161,13 +161,15 @@ def _packed(
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
 
-        if (group := q.shape[1] // k.shape[1]) > 1:  # enable_gqa came with torch 2.13
+        D, group = q.shape[-1], q.shape[1] // k.shape[1]
+        if group > 1:  # enable_gqa came with torch 2.13
             k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        found = varlen_attn(
-            q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0)
-        )
+        if D % 8:  # which the kernel wants, and flash-attn does by itself
+            q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
+            scaling = D**-0.5 if scaling is None else scaling
+        found = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0))
         assert isinstance(found, Tensor)
-        out = found
+        out = found[..., :D]
     else:
         out = flash_attn_varlen_func(
             q, k, v, cu, cu, longest, longest,

@@ -160,6 +160,18 @@ def piece(x: Tensor) -> tuple[int, int]:
     return (GPU_ROWS, GPU_COLUMNS) if x.is_cuda else (ROWS, COLUMNS)
 
 
+def column_cuts(columns: int, x: Tensor) -> list[slice]:
+    """The columns of a piece of logits, for products; on a GPU cut at a multiple of 8.
+
+    cuBLAS has slow bf16 products alone for other numbers. On an H100, 2048 x 2048 x 50257: 3.9 ms
+    for the logits and 3.4 for dh; of 50256 columns 0.58 and 0.50.
+    """
+    whole = columns // 8 * 8
+    if not x.is_cuda or whole in (0, columns):
+        return [slice(0, columns)]
+    return [slice(0, whole), slice(whole, columns)]
+
+
 class Scratch:
     """One piece of memory for logits, and one for their gradient where its dtype differs."""
 
@@ -217,7 +229,8 @@ def linear_forward(
                 v1 = min(V, v0 + most_columns)
                 z, _ = scratch.pieces(n1 - n0, v1 - v0)
                 w = weight[v0:v1].to(rows.hidden.dtype)
-                multiply(rows.hidden[n0:n1], w.T, z)
+                for cut in column_cuts(v1 - v0, weight):
+                    multiply(rows.hidden[n0:n1], w[cut].T, z[:, cut])
                 forward_rows(
                     backend, z, rows.labels[n0:n1], slice_head(rows.head, n0, n1, v0, v1), state,
                     *out, first=first + v0, begin=v0 == 0, end=v1 == V and group is None,
@@ -282,7 +295,7 @@ def linear_backward(
     with without_autocast(weight), few(min(n, most_rows), min(V, most_columns)):
         for v0 in range(0, V, most_columns):
             v1 = min(V, v0 + most_columns)
-            w = weight[v0:v1].to(operand)
+            w, cuts = weight[v0:v1].to(operand), column_cuts(v1 - v0, weight)
             dw_tile: Tensor | None = None
             if dw is not None:
                 dw_tile = dw[v0:v1]
@@ -292,16 +305,18 @@ def linear_backward(
                 n1 = min(n, n0 + most_rows)
                 h = rows.hidden[n0:n1]
                 z, dz = scratch.pieces(n1 - n0, v1 - v0)
-                multiply(h, w.T, z)
+                for cut in cuts:
+                    multiply(h, w[cut].T, z[:, cut])
                 backward_rows(
                     backend, z, rows.labels[n0:n1], slice_head(rows.head, n0, n1, v0, v1),
                     states[3 * n0 : 3 * n1], grad_logprobs[n0:n1],
                     None if grad_entropy is None else grad_entropy[n0:n1], dz, first=first + v0,
                 )  # fmt: skip
-                if dw_tile is not None:
-                    multiply(dz.T, h, dw_tile, add=n0 > 0)
-                if dh is not None:
-                    multiply(dz, w, dh[n0:n1], add=v0 > 0)
+                for cut in cuts:
+                    if dw_tile is not None:
+                        multiply(dz[:, cut].T, h, dw_tile[cut], add=n0 > 0)
+                    if dh is not None:
+                        multiply(dz[:, cut], w[cut], dh[n0:n1], add=v0 + cut.start > 0)
                 if db is not None:
                     db[v0:v1] += dz.sum(0, dtype=db.dtype)
             if dw is not None and dw_tile is not None and dw.dtype != rows.sum_dtype:

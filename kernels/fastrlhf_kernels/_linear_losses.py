@@ -26,6 +26,7 @@ from ._library import register_backward
 from ._linear import (
     Rows,
     Scratch,
+    column_cuts,
     few,
     multiply,
     scatter_rows,
@@ -52,17 +53,6 @@ def chunk_rows(n: int, V: int, device: str) -> int:
         return max(n, 1)
     chunks = -(-n // most)
     return min(-(-n // (8 * chunks)) * 8, most)
-
-
-def column_cuts(V: int, weight: Tensor) -> list[slice]:
-    """Columns of one product: all of them, or on a GPU a multiple of 8 and the rest.
-
-    cuBLAS has its fast bf16 products for multiples of 8 only.
-    """
-    whole = V // 8 * 8
-    if not weight.is_cuda or whole in (0, V):
-        return [slice(0, V)]
-    return [slice(0, whole), slice(whole, V)]
 
 
 def inverse_normalizer(
@@ -118,18 +108,18 @@ def forward_with_gradient(
             part2 = None if entropies is None else entropies[n0:n1]
             head = slice_head(rows.head, n0, n1, 0, V)
             z, dz = scratch.pieces(n1 - n0, V)
-            for v in cuts:
-                multiply(h, w[v].T, z[:, v])
+            for cut in cuts:
+                multiply(h, w[cut].T, z[:, cut])
             forward_rows(backend, z, y, head, state, part, part2)
             if upstream is None:
                 continue
             grads = upstream(slice(n0, n1), part, part2)
             backward_rows(backend, z, y, head, state, *grads, dz)
-            for v in cuts:
+            for cut in cuts:
                 if dw is not None:
-                    multiply(dz[:, v].T, h, dw[v], add=n0 > 0)
+                    multiply(dz[:, cut].T, h, dw[cut], add=n0 > 0)
                 if dh is not None:
-                    multiply(dz[:, v], w[v], dh[n0:n1], add=v.start > 0)
+                    multiply(dz[:, cut], w[cut], dh[n0:n1], add=cut.start > 0)
             if db is not None:
                 db += dz.sum(0, dtype=db.dtype)
     return logprobs, entropies, (dh, dw, db)
