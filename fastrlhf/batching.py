@@ -15,6 +15,11 @@ from torch import Tensor
 
 from fastrlhf.models import IGNORE
 
+# How many padded tokens a further pass through the model costs as much as: launches, and gradients
+# that are read and written once more. On two CPU cores about 5 ms and 10 ms, at .2 ms a token, for
+# a Llama of 8.5M parameters; for a GPU an estimate.
+GROUP_TOKENS = {"cpu": 80, "cuda": 1024}
+
 
 @dataclass(slots=True, frozen=True)
 class Example:
@@ -73,18 +78,34 @@ def cyclic_indices(n: int, count: int, step: int, seed: int) -> list[int]:
     return [int(orders[int(p // n)][p % n]) for p in places]
 
 
-def cut_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def cut_by_length(
+    lengths: Sequence[int], max_tokens: int, device: torch.device | str
+) -> list[list[int]]:
     """Indices in groups of like length whose padded size (rows times longest) fits max_tokens.
 
-    A sequence longer than max_tokens stands alone.
+    Of all cuts the one of the fewest padded tokens, each group counting as GROUP_TOKENS more. A
+    sequence longer than max_tokens stands alone.
     """
+    overhead = GROUP_TOKENS.get(torch.device(device).type, GROUP_TOKENS["cuda"])
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    sizes = np.asarray([lengths[i] for i in order], np.int64)
+    n = len(order)
+    # cost[j]: of the best cut of the first j sequences; begin[j]: where its last group begins.
+    cost, begin = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
+    for end in range(1, n + 1):
+        most = max(1, max_tokens // max(int(sizes[end - 1]), 1))
+        begins = np.arange(max(0, end - most), end)
+        padded = sizes[begins] * (end - begins)
+        fits = (padded <= max_tokens) | (begins == end - 1)
+        begins, padded = begins[fits], padded[fits]
+        costs = cost[begins] + padded + overhead
+        best = int(costs.argmin())
+        cost[end], begin[end] = costs[best], begins[best]
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    while n:
+        groups.append(order[begin[n] : n])
+        n = int(begin[n])
+    return groups[::-1]
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -112,5 +133,5 @@ def micro_batches(
     examples: Sequence[Example], max_tokens: int, pad_id: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """(indices, input_ids, labels) of micro-batches of like length."""
-    for indices in cut_by_length([len(e.tokens) for e in examples], max_tokens):
+    for indices in cut_by_length([len(e.tokens) for e in examples], max_tokens, device):
         yield indices, *collate([examples[i] for i in indices], pad_id, device)

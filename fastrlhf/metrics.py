@@ -89,7 +89,7 @@ def reward_scores(model: ScalarModel, sequences: Sequence[Sequence[int]], pad_id
     model.eval()
     device = next(model.parameters()).device
     scores = torch.empty(len(sequences))
-    for indices in cut_by_length([len(s) for s in sequences], EVAL_TOKENS):
+    for indices in cut_by_length([len(s) for s in sequences], EVAL_TOKENS, device):
         input_ids, lengths = pad([sequences[i] for i in indices], pad_id)
         scores[indices] = model(input_ids.to(device), (lengths - 1).to(device)).cpu()
     model.train(was_training)

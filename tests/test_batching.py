@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrlhf.batching import (
+    GROUP_TOKENS,
     Example,
     batch_indices,
     collate,
@@ -25,11 +26,13 @@ from fastrlhf.models import IGNORE
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
 
-@given(lengths=LENGTHS, max_tokens=st.integers(1, 200))
+@given(lengths=LENGTHS, max_tokens=st.integers(1, 200), overhead=st.integers(0, 100))
 def test_a_cut_by_length_covers_each_index_once_within_the_limit(
-    lengths: list[int], max_tokens: int
+    lengths: list[int], max_tokens: int, overhead: int
 ) -> None:
-    groups = cut_by_length(lengths, max_tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GROUP_TOKENS, "cpu", overhead)
+        groups = cut_by_length(lengths, max_tokens, "cpu")
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         longest = max(lengths[i] for i in group)
@@ -39,11 +42,30 @@ def test_a_cut_by_length_covers_each_index_once_within_the_limit(
     assert all(min(a) >= max(b) for a, b in pairwise(sizes))
 
 
-@given(lengths=LENGTHS, max_tokens=st.integers(1, 200))
-def test_a_cut_wastes_no_room(lengths: list[int], max_tokens: int) -> None:
-    groups = cut_by_length(lengths, max_tokens)
-    for group, following in pairwise(groups):
-        assert lengths[group[0]] * (len(group) + 1) > max_tokens, (group, following)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    max_tokens=st.integers(1, 200),
+    overhead=st.integers(0, 100),
+)
+def test_no_other_cut_costs_less(lengths: list[int], max_tokens: int, overhead: int) -> None:
+    def cost(groups: list[list[int]]) -> int:
+        return sum(max(group) * len(group) + overhead for group in groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GROUP_TOKENS, "cpu", overhead)
+        found = cut_by_length(lengths, max_tokens, "cpu")
+    ordered = sorted(lengths, reverse=True)
+    every = [
+        [ordered[a:b] for a, b in pairwise((0, *inner, len(ordered)))]
+        for n in range(len(ordered))
+        for inner in combinations(range(1, len(ordered)), n)
+    ]
+    allowed = [
+        groups
+        for groups in every
+        if all(len(group) == 1 or max(group) * len(group) <= max_tokens for group in groups)
+    ]
+    assert cost([[lengths[i] for i in group] for group in found]) == min(map(cost, allowed))
 
 
 @given(n=st.integers(0, 50), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 5))

@@ -59,7 +59,7 @@ class Decoder:
         """Compute prompts, their keys and values to the pages of their tables; logits (N, V)."""
         logits: list[Tensor] = []
         order: list[int] = []
-        for indices in cut_by_length([len(p) for p in prompts], PREFILL_TOKENS):
+        for indices in cut_by_length([len(p) for p in prompts], PREFILL_TOKENS, self.device):
             part = [prompts[i] for i in indices]
             pages = [tables[i] for i in indices]
             compute = self._prefill_packed if self.packed else self._prefill_padded
