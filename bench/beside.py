@@ -22,6 +22,7 @@ BENCH = Path(__file__).resolve().parent
 TRL_1_12 = Path(
     os.environ.get("FASTRLHF_TRL_1_12", BENCH.parent / ".venv" / ".trl-1.12" / "bin" / "python")
 )
+SECONDS = 300  # a side that takes longer has gone wrong
 # Nothing is fetched, and threads are torch's choice on both sides.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
@@ -32,13 +33,17 @@ def run_side(python: Path | str, script: str, what: str, case: dict[str, Any]) -
         given, found = Path(folder) / "case.json", Path(folder) / "result.json"
         given.write_text(json.dumps(case))
         command = [str(python), str(BENCH / script), what, str(given), str(found)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, **ENVIRONMENT},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                env={**os.environ, **ENVIRONMENT},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return Missing(f"failed: no result after {SECONDS} s")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             return Missing(f"failed: {last[:100]}")

@@ -71,7 +71,10 @@ def train_ppo(case: dict[str, Any]) -> dict[str, Any]:
             seed=case["seed"],
         )
         resident.reset_peak()
-        found = ppo_iteration.run_phases(config)
+        try:
+            found = ppo_iteration.run_phases(config)
+        finally:
+            ppo.collect = collect
     return found | {
         "weights_bytes": weights,
         "peak_bytes": resident.peak() - before - weights,

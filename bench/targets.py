@@ -32,7 +32,7 @@ class Target:
 
     def cells(self, benchmarks: Sequence[dict[str, Any]]) -> list[str]:
         """A line of the table."""
-        wanted = f"{'at least' if self.at_least else 'at most'} {self.bound:g}{self.unit}"
+        wanted = f"{'at least' if self.at_least else 'at most'} {self.bound:.3g}{self.unit}"
         found = sorted(self.ask(benchmarks), key=lambda case: case[1], reverse=not self.at_least)
         if not found:
             return [self.what, wanted, "not yet measured", ""]
@@ -113,6 +113,33 @@ def shares(op: str, shape: str) -> Ask:
     return ask
 
 
+def memory(op: str, shape: str, other: str) -> Ask:
+    """Our peak memory over the least of the variants whose name matches."""
+
+    def ask(benchmarks: Sequence[dict[str, Any]]) -> Found:
+        for case, rows in groups(benchmarks, op, shape):
+            peaks = [r["peak_bytes"] for r in rows if re.search(other, r["variant"])]
+            there = [peak for peak in peaks if peak]
+            if (ours := ours_of(rows)) and there:
+                yield case, ours["peak_bytes"] / min(there)
+
+    return ask
+
+
+def slowing(op: str) -> Ask:
+    """Of cases of one backend, the time an operation over that of the first."""
+
+    def ask(benchmarks: Sequence[dict[str, Any]]) -> Found:
+        speeds = [
+            (case, ours["tflop_per_s"])
+            for case, rows in groups(benchmarks, op, "")
+            if (ours := ours_of(rows))
+        ]
+        return ((case, speeds[0][1] / speed) for case, speed in speeds[1:])
+
+    return ask
+
+
 def calls(benchmarks: Sequence[dict[str, Any]]) -> Found:
     """Microseconds of a call with gradient above its C++ work."""
     for benchmark in benchmarks:
@@ -168,6 +195,21 @@ TARGETS = [
     Target("generation against generate_batch", 2, times("generation", "", "^generate_batch")),
     Target("generation, share of the speed of its bare products", 0.5,
            times("generation", "", "^products alone$")),
+    Target("PPO iteration against TRL 1.12, responses that end", 2,
+           times("PPO iteration", "^geometric", "^TRL")),
+    Target("PPO iteration against TRL 1.12, responses of full length", 1,
+           times("PPO iteration", "^full", "^TRL")),
+    Target("PPO iteration, memory above the weights over TRL 1.12's", 0.5,
+           memory("PPO iteration", "^geometric", "^TRL"), at_least=False),
+    Target("PPO iteration over its bare products, responses that end", 1.6,
+           inverse(times("PPO iteration", "^geometric", "^bare")), at_least=False),
+    Target("PPO iteration, time an operation at 2 and 4 times the prompts, tokens and layers", 1.25,
+           slowing("PPO scaling"), at_least=False),
+    Target("SFT step against the better of TRL's", 1, times("SFT step", "", "^TRL")),
+    Target("SFT step, memory above the weights over that of TRL's fused head", 1,
+           memory("SFT step", "", "^TRL 1.16"), at_least=False),
+    Target("SFT step, memory above the weights over TRL's without it", 1 / 3,
+           memory("SFT step", "", "without"), at_least=False),
     Target("log-probs, share of a copy's bandwidth", 0.9, shares(ROWS, WIDE + "forward$"),
            gpu=True),
     Target("log-probs with backward, share of a copy's bandwidth", 0.85,

@@ -1,9 +1,9 @@
-"""TRL's trainers on the cases of ppo_beside_trl.py and sft_beside_trl.py, in TRL's environment.
+"""TRL's trainers on the cases of bench_ppo.py and bench_sft.py, in an environment with TRL.
 
     python bench/trl_side.py ppo CASE.json RESULT.json      # with trl 1.12, the last that has PPO
     python bench/trl_side.py sft CASE.json RESULT.json
 
-Those two start it; it needs trl and what trl brings, and nothing of this project. CASE names a
+beside.py starts it; it needs trl and what trl brings, and nothing of this project. CASE names a
 model's folder and says what is trained; RESULT gets seconds and bytes.
 """
 
@@ -141,7 +141,7 @@ def sft(case: dict[str, Any]) -> dict[str, Any]:
     before = resident.resident()
     model = transformers.AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = [{"input_ids": row} for row in case["sequences"]]
+    row = {"input_ids": case["tokens"], "labels": case["labels"]}
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
@@ -165,7 +165,7 @@ def sft(case: dict[str, Any]) -> dict[str, Any]:
             model=model,
             args=config,
             processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_list(rows),
+            train_dataset=datasets.Dataset.from_list([row] * (case["batch"] * case["steps"])),
         )
         trainer.add_callback(notes := _Notes())
         resident.reset_peak()
