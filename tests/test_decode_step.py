@@ -1,8 +1,9 @@
-"""The element-wise parts of a decode step against fp64, on every instruction set."""
+"""The element-wise parts of a decode step against fp64, on every instruction set and in Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import assert_accurate, assert_same_bits, instruction_set
 from torch import Tensor
 
-from fastrlhf_kernels import _native
+from fastrlhf_kernels import _native, _triton
 from fastrlhf_kernels._decode_step import (
     NATIVE_DTYPES,
     gate_native,
@@ -21,17 +22,34 @@ from fastrlhf_kernels._decode_step import (
     rope_append_native,
     rope_append_ref,
 )
+from fastrlhf_kernels._decode_step_triton import gate_triton, norm_triton, rope_append_triton
 
 EPS = 1e-6
 NAN = float("nan")
 SIZES = st.sampled_from([1, 2, 7, 16, 33, 64, 100, 257])
-pytestmark = pytest.mark.skipif(_native.cpu is None, reason="the C++ extension is not built")
+NATIVE = pytest.mark.skipif(_native.cpu is None, reason="the C++ extension is not built")
+ISAS = [] if _native.cpu is None else [f"cpu-{isa}" for isa in _native.cpu.isas()]
 
 
-@pytest.fixture(params=[] if _native.cpu is None else _native.cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with instruction_set(request.param):
-        yield request.param
+class Parts(NamedTuple):
+    """One way of computing them, and where."""
+
+    norm: Callable[..., Tensor]
+    rope_append: Callable[..., Tensor]
+    gate: Callable[..., Tensor]
+    device: str
+    interpreted: bool = False
+
+
+@pytest.fixture(params=[*ISAS, *(["triton"] if _triton.missing is None else [])])
+def parts(request: pytest.FixtureRequest) -> Iterator[Parts]:
+    if request.param == "triton":
+        on_gpu = torch.cuda.is_available()
+        device = "cuda" if on_gpu else "cpu"
+        yield Parts(norm_triton, rope_append_triton, gate_triton, device, not on_gpu)
+        return
+    with instruction_set(request.param.removeprefix("cpu-")):
+        yield Parts(norm_native, rope_append_native, gate_native, "cpu")
 
 
 def randn(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -42,38 +60,59 @@ def rms(x: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
 
 
-@pytest.mark.usefixtures("isa")
 @given(N=st.integers(0, 5), H=SIZES, dtype=st.sampled_from(NATIVE_DTYPES), seed=st.integers(0, 99))
-def test_norm(N: int, H: int, dtype: torch.dtype, seed: int) -> None:
+def test_norm(parts: Parts, N: int, H: int, dtype: torch.dtype, seed: int) -> None:
     x, weight = 3.0 * randn(N, H, seed=seed), 1.0 + randn(H, seed=seed + 1, dtype=dtype)
-    found = norm_native(x, weight, EPS)
-    assert_accurate(found, norm_ref(x, weight, EPS), rms(x.double()) * weight.double())
+    x, weight = x.to(parts.device), weight.to(parts.device)
+    found = parts.norm(x, weight, EPS)
+    wanted = rms(x.double()) * weight.double()
+    assert_accurate(found, norm_ref(x, weight, EPS), wanted, interpreted=parts.interpreted)
     for n in range(N):
-        assert_same_bits(norm_native(x[n : n + 1], weight, EPS)[0], found[n])
+        assert_same_bits(parts.norm(x[n : n + 1], weight, EPS)[0], found[n])
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.skipif(_triton.missing is not None, reason=f"no Triton here: {_triton.missing}")
+@given(N=st.integers(0, 5), H=SIZES, dtype=st.sampled_from(NATIVE_DTYPES), seed=st.integers(0, 99))
+def test_a_sum_and_its_norm(N: int, H: int, dtype: torch.dtype, seed: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, y = 3.0 * randn(N, H, seed=seed).to(device), randn(N, H, seed=9, dtype=dtype).to(device)
+    weight = 1.0 + randn(H, seed=seed + 1, dtype=dtype).to(device)
+    total = x + y
+    wanted = norm_triton(total.clone(), weight, EPS)
+    found = norm_triton(x, weight, EPS, y)
+    assert_same_bits(x, total)
+    assert_same_bits(found, wanted)
+
+
 @given(N=st.integers(0, 5), width=SIZES, dtype=st.sampled_from(NATIVE_DTYPES),
        seed=st.integers(0, 99))  # fmt: skip
-def test_gate(N: int, width: int, dtype: torch.dtype, seed: int) -> None:
-    gate_up = 4.0 * randn(N, 2 * width, seed=seed, dtype=dtype)
+def test_gate(parts: Parts, N: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    gate_up = 4.0 * randn(N, 2 * width, seed=seed, dtype=dtype).to(parts.device)
     gate, up = gate_up.double().chunk(2, -1)
-    found = gate_native(gate_up)
-    assert_accurate(found, gate_ref(gate_up), gate * gate.sigmoid() * up)
+    found = parts.gate(gate_up)
+    wanted = gate * gate.sigmoid() * up
+    assert_accurate(found, gate_ref(gate_up), wanted, interpreted=parts.interpreted)
     for n in range(N):
-        assert_same_bits(gate_native(gate_up[n : n + 1])[0], found[n])
+        assert_same_bits(parts.gate(gate_up[n : n + 1])[0], found[n])
 
 
-@pytest.mark.usefixtures("isa")
-def test_gates_far_out() -> None:
-    gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 200.0, 1e30, NAN]])
-    found = gate_native(torch.cat([gate, torch.ones_like(gate)], 1))
+def test_gates_far_out(parts: Parts) -> None:
+    gate = torch.tensor([[-1e30, -200.0, -90.0, 0.0, 200.0, 1e30, NAN]], device=parts.device)
+    found = parts.gate(torch.cat([gate, torch.ones_like(gate)], 1))
     wanted = gate_ref(torch.cat([gate, torch.ones_like(gate)], 1))
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-37, equal_nan=True)
 
 
 def rope_case(
-    B: int, n_q: int, n_kv: int, D: int, dtype: torch.dtype, *, normed: bool, seed: int
+    B: int,
+    n_q: int,
+    n_kv: int,
+    D: int,
+    dtype: torch.dtype,
+    *,
+    normed: bool,
+    seed: int,
+    device: str = "cpu",
 ) -> list:
     """Arguments of rope_append; a third of the slots is below 0."""
     pages, page_size, longest = 4, 3, 50
@@ -85,8 +124,10 @@ def rope_case(
     cos, sin = randn(2, longest, D, seed=seed + 1)
     norms = tuple(1.0 + randn(2, D, seed=seed + 2, dtype=dtype)) if normed else None
     # The heads' rows lie apart, and each in a page of its own size.
-    caches = randn(2, pages, page_size + 1, n_kv, D + 5, seed=seed + 3, dtype=dtype)
+    caches = randn(2, pages, page_size + 1, n_kv, D + 5, seed=seed + 3, dtype=dtype).to(device)
     k_cache, v_cache = caches[:, :, :page_size, :, :D]
+    qkv, positions, slots, cos, sin = (x.to(device) for x in (qkv, positions, slots, cos, sin))
+    norms = None if norms is None else tuple(x.to(device) for x in norms)
     return [qkv, positions, slots, cos, sin, norms, k_cache, v_cache, EPS]
 
 
@@ -99,7 +140,6 @@ def turned(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor
     return x * cos[:, None].double() + torch.cat([second, first], -1) * sin[:, None].double()
 
 
-@pytest.mark.usefixtures("isa")
 @given(
     B=st.integers(0, 9),
     n_kv=st.integers(1, 3),
@@ -110,10 +150,17 @@ def turned(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor
     seed=st.integers(0, 99),
 )
 def test_rope_append(
-    B: int, n_kv: int, group: int, D: int, dtype: torch.dtype, normed: bool, seed: int
+    parts: Parts,
+    B: int,
+    n_kv: int,
+    group: int,
+    D: int,
+    dtype: torch.dtype,
+    normed: bool,
+    seed: int,
 ) -> None:
     n_q = n_kv * group
-    args = rope_case(B, n_q, n_kv, D, dtype, normed=normed, seed=seed)
+    args = rope_case(B, n_q, n_kv, D, dtype, normed=normed, seed=seed, device=parts.device)
     qkv, positions, slots, cos, sin, norms, k_cache, v_cache, _ = args
     q, k, v = qkv.clone().split([n_q, n_kv, n_kv], 1)
     at = cos[positions], sin[positions]
@@ -123,23 +170,30 @@ def test_rope_append(
     theirs = [x.clone() if isinstance(x, Tensor) else x for x in args]
     reference = rope_append_ref(*theirs)
     before = [k_cache.clone(), v_cache.clone()]
-    found = rope_append_native(*args)
+    found = parts.rope_append(*args)
     size = cos.abs().max() + sin.abs().max()
     terms = float(size * (6.0 if normed else 1.0) * qkv.abs().max()) if B else 0.0
-    assert_accurate(found, reference, wanted_q, terms=terms)
+    allowed = {"terms": terms, "interpreted": parts.interpreted}
+    assert_accurate(found, reference, wanted_q, **allowed)
     page, offset = slots // 3, slots % 3
     for n in range(B):
         if slots[n] >= 0:
             place = page[n], offset[n]
-            assert_accurate(k_cache[place], theirs[6][place], wanted_k[n], terms=terms)
+            assert_accurate(k_cache[place], theirs[6][place], wanted_k[n], **allowed)
             assert_same_bits(v_cache[place], v[n])
             before[0][place], before[1][place] = k_cache[place], v_cache[place]
     for cache, old in zip((k_cache, v_cache), before, strict=True):
         assert_same_bits(cache, old)  # but for the slots named
 
 
-@pytest.mark.usefixtures("isa")
-def test_rows_and_threads_change_no_bit() -> None:
+@NATIVE
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_and_threads_change_no_bit(isa: str) -> None:
+    with instruction_set(isa.removeprefix("cpu-")):
+        check_rows_and_threads()
+
+
+def check_rows_and_threads() -> None:
     before = torch.get_num_threads()
     results = []
     try:
@@ -161,6 +215,7 @@ def wide() -> tuple[Tensor, Tensor]:
     return randn(40, 8192), randn(8192, seed=1)
 
 
+@NATIVE
 def test_slots_and_positions_out_of_range_are_refused_before_anything_is_written() -> None:
     for which, value, message in (
         (2, 12, "slots must be below"),

@@ -16,6 +16,7 @@ from fastrlhf.batching import pad
 from fastrlhf.generation import Engine, Outcome, Request, Sampling, UnsupportedModel
 from fastrlhf.generation.fused import fused_step
 from fastrlhf.models import LanguageModel, set_residual_dropout
+from fastrlhf_kernels import _triton, use_backend
 
 END = 2
 COMMON: dict[str, Any] = {
@@ -148,6 +149,17 @@ def test_logprobs_equal_a_forward_pass_in_fp32(
     asked = requests(temperature=temperature)
     outcome = Engine(model, slots=4, fused=fused).run(asked)
     wanted = forward_logprobs(model, asked, outcome, temperature)
+    torch.testing.assert_close(own_logprobs(outcome), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(_triton.missing is not None, reason=f"no Triton here: {_triton.missing}")
+@pytest.mark.parametrize("name", [name for name in FUSED if name != "gpt2"])
+def test_the_fused_step_in_triton(name: str) -> None:
+    model = model_of(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    asked = requests(4, max_new_tokens=5)
+    with use_backend("triton"):
+        outcome = Engine(model, slots=3).run(asked)
+    wanted = forward_logprobs(model, asked, outcome)
     torch.testing.assert_close(own_logprobs(outcome), wanted, atol=1e-5, rtol=0)
 
 

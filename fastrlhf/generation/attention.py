@@ -62,7 +62,8 @@ class CacheOps:
 
     def __init__(self, like: Tensor) -> None:
         """like: a tensor of the model's device and dtype."""
-        self.native = choose("decode_attention", (like,), None, IMPLEMENTATIONS) == "cpu"
+        self.backend = choose("decode_attention", (like,), None, IMPLEMENTATIONS)
+        self.native = self.backend == "cpu"
 
     def append(self, k: Tensor, v: Tensor, batch: Batch, layer: int) -> None:
         """Write k and v (B, Hkv, D) to the cache."""

@@ -6,12 +6,12 @@ For one new token a sequence, x (B, H) being the residual stream:
             x += (silu(norm(x) Wgate) * norm(x) Wup) Wdown;  logits = norm(x) Whead
     GPT-2   the same with LayerNorm, learned positions instead of rope, and gelu(norm(x) Wfc) Wproj
 
-What transformers' modules do in some 40 kernels a layer takes about 15 here: q, k and v are one
-product, so are gate and up; q and k turn together; the residual is added by the product. On a CPU
-Llama's norms, rotations and gates are C++ (fastrlhf_kernels/_decode_step.py): in torch they took
-longer than the products of a small model. Weights are the model's own parameters (see products.py).
-Where they are bf16 or fp16, the residual stream, norms and rotations stay in fp32, which loses less
-than transformers' modules do.
+What transformers' modules do in some 40 kernels a layer takes about 15 here: on a CPU q, k and v
+are one product, and so are gate and up; q and k turn together; the residual is added by the
+product, or by the norm that follows. Llama's norms, rotations and gates are C++ and Triton
+(fastrlhf_kernels/_decode_step.py): in torch they took longer than the products of a small model.
+Weights are the model's own parameters (see products.py). Where they are bf16 or fp16, the residual
+stream, norms and rotations stay in fp32, which loses less than transformers' modules do.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastrlhf.generation.attention import Batch, CacheOps
 from fastrlhf.generation.products import Product, packs
 from fastrlhf.models import LanguageModel, is_residual_dropout
 from fastrlhf_kernels import _decode_step as parts
+from fastrlhf_kernels import _decode_step_triton as triton_parts
 
 LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Rotary positions that are a function of the position alone.
@@ -136,30 +137,47 @@ class LlamaStep:
         self.head = product(model.head)
         self.cache = CacheOps(model.head.weight)
         native = self.cache.native and model.head.weight.dtype in parts.NATIVE_DTYPES
-        self.norm = parts.norm_native if native else parts.norm_ref
-        self.rope_append = parts.rope_append_native if native else parts.rope_append_ref
-        self.native_gate = native and config.hidden_act in ("silu", "swish")
+        self.norm, self.rope_append, gate = parts.norm_ref, parts.rope_append_ref, None
+        if native:
+            self.norm, self.rope_append = parts.norm_native, parts.rope_append_native
+            gate = parts.gate_native
+        self.on_triton = self.cache.backend == "triton"
+        if self.on_triton:
+            self.norm, self.rope_append = triton_parts.norm_triton, triton_parts.rope_append_triton
+            gate = triton_parts.gate_triton
+        self.own_gate = gate if config.hidden_act in ("silu", "swish") else None
 
     def __call__(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """Logits (B, V)."""
         B, D, eps, cache = len(tokens), self.head_dim, self.eps, batch.cache
         x = F.embedding(tokens, self.core.embed_tokens.weight).float()
-        for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(self.norm(x, layer.first_norm, eps)).view(B, -1, D)
+        h = self.norm(x, self.layers[0].first_norm, eps)
+        next_norms = [layer.first_norm for layer in self.layers[1:]] + [self.core.norm.weight]
+        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            qkv = layer.qkv(h).view(B, -1, D)
             q = self.rope_append(
                 qkv, positions, batch.slots, self.cos, self.sin, layer.head_norms,
                 cache.keys[i], cache.values[i], eps,
             )  # fmt: skip
             seen = self.cache.attend(q, batch, i, scale=self.scale, window=layer.window)
-            x = layer.out.add_to(x, seen.view(B, -1))
-            gate_up = layer.gate_up(self.norm(x, layer.second_norm, eps))
-            x = layer.down.add_to(x, self.gate(gate_up, layer))
-        return self.model.scaled(self.head(self.norm(x, self.core.norm.weight, eps)))
+            x, h = self.add_and_norm(x, layer.out, seen.view(B, -1), layer.second_norm)
+            hidden = self.gate(layer.gate_up(h), layer)
+            x, h = self.add_and_norm(x, layer.down, hidden, next_norm)
+        return self.model.scaled(self.head(h))
+
+    def add_and_norm(
+        self, x: Tensor, product: Product, inputs: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x plus the product of the inputs, and the norm of that; x may be overwritten."""
+        if self.on_triton:
+            return x, triton_parts.norm_triton(x, weight, self.eps, product(inputs))
+        x = product.add_to(x, inputs)
+        return x, self.norm(x, weight, self.eps)
 
     def gate(self, gate_up: Tensor, layer: LlamaLayer) -> Tensor:
         """The MLP's hidden units (B, I)."""
-        if self.native_gate:
-            return parts.gate_native(gate_up)
+        if self.own_gate is not None:
+            return self.own_gate(gate_up)
         gate, up = gate_up.chunk(2, -1)
         hidden: Tensor = layer.activation(gate)
         return hidden.mul_(up)

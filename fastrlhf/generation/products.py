@@ -49,8 +49,18 @@ class Product:
         """The product."""
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        parts = [F.linear(x, _weight(m), m.bias) for m in self.modules]  # type: ignore[arg-type]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if len(self.modules) == 1:
+            (m,) = self.modules
+            return F.linear(x, _weight(m), m.bias)  # type: ignore[arg-type]
+        weights = [_weight(m) for m in self.modules]
+        sizes = [weight.shape[0] for weight in weights]
+        out = x.new_empty((len(x), sum(sizes)))
+        for m, weight, part in zip(self.modules, weights, out.split(sizes, 1), strict=True):
+            if m.bias is None:
+                torch.mm(x, weight.t(), out=part)
+            else:
+                torch.addmm(m.bias, x, weight.t(), out=part)  # type: ignore[arg-type]
+        return out
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the product, in the dtype of the residual, which may be overwritten."""

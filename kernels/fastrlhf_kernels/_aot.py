@@ -33,6 +33,8 @@ TARGETS: dict[str, tuple[str, int | str, int, int]] = {
 }
 
 # The same for nvcc; the limit is that of static shared memory, the same on all.
+# Kernels that belong to no public op.
+INTERNAL = ("_decode_step_triton",)
 CUDA_TARGETS = {"sm_80": "80", "sm_90a": "90a"}
 CUDA_SHARED_LIMIT = 48 * 1024
 NVCC_FLAGS = ("-std=c++17", "-O3", "-DFASTRLHF_ISA=cuda")  # setup.py's, of the device code
@@ -179,9 +181,9 @@ def _kernel_name(symbol: str) -> str:
 
 
 def ops() -> list[str]:
-    """The op modules: every module of the package without an underscore."""
+    """The op modules: every module of the package without an underscore, and INTERNAL."""
     folder = pathlib.Path(__file__).parent
-    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem[0] != "_") + list(INTERNAL)
 
 
 def configs(op: str) -> tuple[AotConfig, ...]:

@@ -1,4 +1,4 @@
-"""What a Llama-like model's decode step does between its matrix products, in torch and in C++.
+"""What a Llama-like model's decode step does between its products, in torch and in C++.
 
     norm         x / sqrt(mean(x^2) + eps) * weight
     rope_append  q, k turned by their positions; k and v to the paged cache
@@ -6,9 +6,9 @@
 
 x (B, H) is the residual stream, fp32. Weights, products and caches have one dtype, that of the
 model; arithmetic is fp32, rounded to that dtype once at the end. A row's result depends on that row
-alone. `*_ref` are the specification, and what runs on a GPU; `*_native` run on the CPU, on tensors
-as the decode step makes them (contiguous, fp32, bf16 or fp16), without checks but of positions and
-slots.
+alone. `*_ref` are the specification; `*_native` run on the CPU, and those of _decode_step_triton.py
+on a GPU, on tensors as the decode step makes them (contiguous, fp32, bf16 or fp16), without checks
+but, on the CPU, of positions and slots.
 """
 
 from __future__ import annotations
