@@ -68,6 +68,8 @@ SPLIT = 128
 CPU_SPLIT = 256
 MERGED = 16  # splits that the merging kernel takes at once
 MIN_GROUP, MAX_GROUP = 16, 64  # query heads of a program: what tl.dot needs, what registers hold
+# In fp32 up to FEW query heads go by products and sums, not tl.dot; elements of these products.
+FEW, FEW_ELEMENTS = 4, 2048
 ALIGN = 16  # elements: where all strides are multiples of it, a load takes 16 bytes or more
 
 
@@ -207,7 +209,10 @@ def _split_kernel(
         if not NARROW:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        scores = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
+        if BLOCK_G < 16:  # fewer query heads than a tl.dot has rows: it would multiply padding
+            scores = tl.sum(x[:, None, :] * k[None, :, :], 2) * scale
+        else:
+            scores = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
             scores = softcap * tanh(scores / softcap)
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -222,6 +227,8 @@ def _split_kernel(
             high = p.to(v.dtype)
             part = tl.dot(high, v, part)
             part = tl.dot((p - high.to(tl.float32)).to(v.dtype), v, part)
+        elif BLOCK_G < 16:
+            part += tl.sum(p[:, :, None] * v[None, :, :], 1)
         else:
             part = tl.dot(p, v, part, input_precision="ieee")
         m = new_m
@@ -274,6 +281,9 @@ def _merge_kernel(
 def _tile(D: int, group: int, narrow: bool) -> tuple[int, int, int, int]:
     """BLOCK_D, BLOCK_G, BLOCK_T and warps of the split kernel."""
     block_d = max(16, 1 << (D - 1).bit_length())
+    if not narrow and group <= FEW:
+        block_g = 1 << (group - 1).bit_length()
+        return block_d, block_g, min(max(FEW_ELEMENTS // (block_d * block_g), 16), 64), 4
     if not narrow:
         return block_d, MIN_GROUP, 32 if block_d <= 64 else 16, 4
     most = MAX_GROUP if block_d <= 128 else MAX_GROUP // 2
@@ -306,6 +316,7 @@ def _aot_configs() -> list[AotConfig]:
         ("bf16, D=256, group 64", 256, 64, "*bf16", False, False),
         ("bf16, D=16", 16, 5, "*bf16", False, False),
         ("fp32, D=64", 64, 1, "*fp32", False, False),
+        ("fp32, D=80, group 3", 80, 3, "*fp32", False, False),
         ("fp32, D=128, window", 128, 8, "*fp32", False, True),
         ("fp32, D=256, softcap, window", 256, 1, "*fp32", True, True),
     ):
