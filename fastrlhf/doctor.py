@@ -65,7 +65,7 @@ class DoctorConfig:
     """Compile the kernels of these ops alone, such as `--ops gae whiten`; implies --kernels."""
 
     def __post_init__(self) -> None:
-        valid = _aot.ops()
+        valid = _aot.modules()
         for op in self.ops:
             hint = did_you_mean(op, valid)
             require(op in valid, "ops", f"no op '{op}'{hint}; valid: {', '.join(valid)}")
@@ -90,7 +90,7 @@ def run(config: DoctorConfig) -> None:
     print_table("ops", [head, *((op, *row.values()) for op, row in outcomes.items())])
     print("yes: ran here and agrees with ref; none: the op has no such backend; -: not on this")
     print("machine, for the reason above.")
-    unfit = _report_kernels(config.ops or tuple(_aot.ops())) if compiles else []
+    unfit = _report_kernels(config.ops or tuple(_aot.modules())) if compiles else []
     wrong = [
         f"{op} on {backend}"
         for op, row in outcomes.items()

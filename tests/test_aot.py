@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fastrlhf_kernels import _aot
-from fastrlhf_kernels._aot import TARGETS, configs, ops
+from fastrlhf_kernels._aot import TARGETS, configs, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ needs_nvcc = pytest.mark.skipif(_aot.nvcc() is None, reason="no nvcc here")
 
 
 @needs_triton
-@pytest.mark.parametrize("op", [op for op in ops() if configs(op)])
+@pytest.mark.parametrize("op", [op for op in modules() if configs(op)])
 def test_compiles_without_spills(op: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -49,7 +49,7 @@ def test_compiles_without_spills(op: str) -> None:
 
 
 def test_configuration_names_are_unique() -> None:
-    for op in ops():
+    for op in modules():
         names = [config.name for config in configs(op)]
         assert len(names) == len(set(names)), names
 

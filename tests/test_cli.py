@@ -317,7 +317,7 @@ def test_doctor_names_the_valid_ops() -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     assert one_error_line(result) == (
-        f"field 'ops': no op 'whitten' (did you mean 'whiten'?); valid: {', '.join(_aot.ops())}"
+        f"field 'ops': no op 'whitten' (did you mean 'whiten'?); valid: {', '.join(_aot.modules())}"
     )
 
 

@@ -33,11 +33,10 @@ TARGETS: dict[str, tuple[str, int | str, int, int]] = {
 }
 
 # The same for nvcc; the limit is that of static shared memory, the same on all.
-# Kernels that belong to no public op.
-INTERNAL = ("_decode_step_triton",)
 CUDA_TARGETS = {"sm_80": "80", "sm_90a": "90a"}
 CUDA_SHARED_LIMIT = 48 * 1024
 NVCC_FLAGS = ("-std=c++17", "-O3", "-DFASTRLHF_ISA=cuda")  # setup.py's, of the device code
+INTERNAL = ("_decode_step_triton",)  # modules whose kernels belong to no public op
 CSRC = pathlib.Path(__file__).resolve().parents[2] / "csrc"
 
 
@@ -70,14 +69,17 @@ def compile_config(op: str, config: AotConfig, target: str) -> Compiled:
     attrs = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
     }
+    options = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": False,  # this and the next as `launch` has them
+    }
+    if backend == "cuda" and config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
     compiled = triton.compile(
         ASTSource(config.kernel, signature, dict(config.constants), attrs),
         target=GPUTarget(backend, arch, warp_size),
-        options={
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            "enable_fp_fusion": False,  # as `launch` has it
-        },
+        options=options,
     )
     measure = _nvidia_usage if backend == "cuda" else _amd_usage
     registers, spilled = measure(compiled.asm)
@@ -181,9 +183,14 @@ def _kernel_name(symbol: str) -> str:
 
 
 def ops() -> list[str]:
-    """The op modules: every module of the package without an underscore, and INTERNAL."""
+    """The public ops: every module of the package without an underscore."""
     folder = pathlib.Path(__file__).parent
-    return sorted(p.stem for p in folder.glob("*.py") if p.stem[0] != "_") + list(INTERNAL)
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem[0] != "_")
+
+
+def modules() -> list[str]:
+    """Whatever may have kernels to compile: the ops and INTERNAL."""
+    return [*ops(), *INTERNAL]
 
 
 def configs(op: str) -> tuple[AotConfig, ...]:
@@ -199,7 +206,7 @@ def compile_op(op: str) -> Iterator[Compiled]:
 
 
 def main() -> None:
-    for op in sys.argv[1:] or ops():
+    for op in sys.argv[1:] or modules():
         for compiled in compile_op(op):
             print(json.dumps(dataclasses.asdict(compiled)), flush=True)
 

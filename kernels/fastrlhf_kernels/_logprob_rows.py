@@ -41,6 +41,7 @@ NUM_WARPS = 4
 BACKWARD_BLOCK_V = 2048
 BACKWARD_TILES = 4  # of a program, one after the other
 BACKWARD_NUM_WARPS = 8
+BACKWARD_REGISTERS = 64  # four programs on a multiprocessor
 
 _ANY_VALUE = (
     *("N", "V", "K", "inner", "outer_stride", "inner_stride", "dx_stride", "first", "bias_start"),
@@ -220,6 +221,28 @@ def _forward_kernel(
     tl.store(state + 2 * N + row, moment)
 
 
+@jit()
+def _terms(
+    x, bias, bias_start, columns, inside, inverse, m, temperature, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """z of x, dz/dx over the temperature, u = (z - m) / temperature, and exp(u)."""
+    z = x.to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + bias_start + columns, mask=inside, other=0.0)
+    slope = inverse
+    if scale is not None:
+        z *= scale
+        slope *= scale
+    if HAS_CAP:
+        # d tanh(a) = 4 q / (1 + q)^2 with q = exp(-2|a|), without cancellation
+        q = tl.exp(-2.0 * tl.abs(z * tl.div_rn(1.0, cap)))
+        slope = slope * 4.0 * q / ((1.0 + q) * (1.0 + q))
+        z = cap * tanh(z * tl.div_rn(1.0, cap))
+    u = exponent(z, m, temperature, UNIT)
+    return z, slope, u, exp_nonpositive(u)
+
+
 @jit(any_value=_ANY_VALUE)
 def _backward_kernel(
     x, bias, labels, temperatures, state, grad_logprobs, grad_entropy, dx,  # pointers
@@ -270,40 +293,53 @@ def _backward_kernel(
         z = ahead
         if i + 1 < TILES:
             ahead = tl.load(x + columns + BLOCK_V, mask=(columns + BLOCK_V < V) & some, other=0.0)
-        z = z.to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias + bias_start + columns, mask=inside & some, other=0.0)
-        slope = inverse
-        if scale is not None:
-            z *= scale
-            slope *= scale
-        if HAS_CAP:
-            # d tanh(a) = 4 q / (1 + q)^2 with q = exp(-2|a|), without cancellation
-            q = tl.exp(-2.0 * tl.abs(z * tl.div_rn(1.0, cap)))
-            slope = slope * 4.0 * q / ((1.0 + q) * (1.0 + q))
-            z = cap * tanh(z * tl.div_rn(1.0, cap))
-        u = exponent(z, m, temperature, UNIT)
-        e = exp_nonpositive(u)
+        z, slope, u, e = _terms(
+            z, bias, bias_start, columns, inside & some, inverse, m, temperature, scale, cap,
+            HAS_BIAS, HAS_CAP, UNIT,
+        )  # fmt: skip
+        dz = tl.fma(e, -(total * share), 0.0)
+        if HAS_ENTROPY:
+            dz -= upstream * (e * share) * (u - mean)
+        if HAS_CAP or not UNIT or scale is not None:
+            dz *= slope
+        dz = dz.to(dx.dtype.element_ty)
         start = first + begin + i * BLOCK_V
         n_here = 0
         for k in range(K):
             label = tl.load(labels + k)
             n_here += tl.where((label >= start) & (label < start + BLOCK_V), 1, 0)
-        dz = tl.fma(e, -(total * share), 0.0)  # what follows, where no label is
-        if n_here > 0:
-            own = tl.zeros([BLOCK_V], tl.float32)  # the gradients of the labels equal to a column
+        if n_here == 0:
+            tl.store(dx + columns, dz, mask=inside)
+        else:  # without the labels' own columns, which x may still be needed of
             for k in range(K):
                 label = tl.load(labels + k)
-                grad = tl.load(grad_logprobs + k, mask=label != ignore_index, other=0.0)
-                own += tl.where(columns == (label - first).to(tl.int32), grad, 0.0)
-            p = e * share
-            not_p = tl.where(z == m, rest * share, 1.0 - p)
-            dz = own * not_p - (total - own) * p
-        if HAS_ENTROPY:
-            dz -= upstream * (e * share) * (u - mean)
-        if HAS_CAP or not UNIT or scale is not None:
-            dz *= slope
-        tl.store(dx + columns, dz.to(dx.dtype.element_ty), mask=inside)
+                inside &= (lane != (label - start).to(tl.int32)) | (label == ignore_index)
+            tl.store(dx + columns, dz, mask=inside)
+    # The labels' own columns, one at a time.
+    end = tl.minimum(begin + TILES * BLOCK_V, V)
+    for k in range(K):
+        label = tl.load(labels + k)
+        column = label - first
+        if (label != ignore_index) & (column >= begin) & (column < end):
+            own = 0.0  # the gradients of all labels equal to this one
+            before = 0
+            for j in range(K):
+                same = tl.load(labels + j) == label
+                own += tl.load(grad_logprobs + j, mask=same, other=0.0)
+                before += tl.where(same & (j < k), 1, 0)
+            if before == 0:
+                one_z, one_slope, one_u, one_e = _terms(
+                    tl.load(x + column), bias, bias_start, column, True, inverse, m, temperature,
+                    scale, cap, HAS_BIAS, HAS_CAP, UNIT,
+                )  # fmt: skip
+                p = one_e * share
+                not_p = tl.where(one_z == m, rest * share, 1.0 - p)
+                one = own * not_p - (total - own) * p
+                if HAS_ENTROPY:
+                    one -= upstream * p * (one_u - mean)
+                if HAS_CAP or not UNIT or scale is not None:
+                    one *= one_slope
+                tl.store(dx + column, one.to(dx.dtype.element_ty))
 
 
 _SIZES = dict.fromkeys([n for n in _ANY_VALUE if n not in ("dx_stride", "ignore_index")], "i32")
@@ -337,6 +373,7 @@ def aot_configs(x_type: str, dx_type: str, *, head: bool) -> list[AotConfig]:
                 flags | absent | ({} if head else {"grad_entropy": None})
                 | {"WIDE": wide, "TILES": BACKWARD_TILES, "BLOCK_V": BACKWARD_BLOCK_V},
                 num_warps=BACKWARD_NUM_WARPS,
+                max_registers=BACKWARD_REGISTERS,
             )
             for wide in (False, True)
         ),
@@ -437,7 +474,8 @@ def backward_rows(
         return
     scale = None if head.scale == 1.0 else head.scale
     with on_device(x):
-        launch(_backward_kernel, (N, -(-V // (BACKWARD_TILES * BACKWARD_BLOCK_V))))(
+        grid = (N, -(-V // (BACKWARD_TILES * BACKWARD_BLOCK_V)))
+        launch(_backward_kernel, grid, max_registers=BACKWARD_REGISTERS)(
             x, head.bias, labels, head.temperatures, state, grad_logprobs, grad_entropy, dx,
             N, V, K, inner,
             outer_stride, inner_stride, dx.stride(0), first, 0,

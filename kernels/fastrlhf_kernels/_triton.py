@@ -73,6 +73,7 @@ class AotConfig:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None  # as for `launch`
 
 
 def jit(*, any_value: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -87,14 +88,21 @@ def jit(*, any_value: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], An
     return decorate
 
 
-def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, max_registers: int | None = None
+) -> Callable[..., Any]:
     """`kernel[grid]`, with every product and sum rounded by itself, as the source has them.
 
     ptxas would otherwise contract some into fused multiply-adds, and which ones changes with what
     stands around them: one routine would give other bits in another kernel. Where a fused one is
     wanted the source says tl.fma.
+
+    `max_registers` a thread is for NVIDIA GPUs: without it ptxas may keep fewer than a kernel
+    needs, and spill some, for the sake of more warps on a multiprocessor.
     """
-    return partial(kernel[grid], enable_fp_fusion=False)
+    on_nvidia = torch.version.hip is None
+    limit = {"maxnreg": max_registers} if max_registers is not None and on_nvidia else {}
+    return partial(kernel[grid], enable_fp_fusion=False, **limit)
 
 
 def aligned(x: Tensor) -> Tensor:
