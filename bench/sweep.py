@@ -183,7 +183,7 @@ def decode(tiny: bool) -> Iterator[tuple[str, Sweep]]:
     lengths = torch.full((B,), T, dtype=torch.int32, device=DEVICE)
     q = torch.randn(B, HQ, D, device=DEVICE).to(torch.bfloat16)
     splits = {
-        (module("decode_attention"), "SPLIT"): (128,) if tiny else (128, 256, 512),
+        (module("_decode_attention_kernel"), "SPLIT"): (128,) if tiny else (128, 256, 512),
     }
     call = lambda: decode_attention(q, *cache, tables, lengths)  # noqa: E731
     moved = 2.0 * cache[0].nbytes

@@ -15,8 +15,6 @@
 //
 // The next tile's rows are fetched while a tile is worked on: a head's rows lie apart, and the
 // processor does not guess where. (13.7 GB/s and 10 without, one thread, 12 heads of 64 numbers.)
-//
-// bf16 is read in pairs (load_pair): queries and sums are kept in the order that this gives.
 #include "op.h"
 
 FASTRLHF_OP(decode_attention, "One token a sequence attends to a paged cache.",
@@ -29,42 +27,13 @@ FASTRLHF_OP(decode_attention, "One token a sequence attends to a paged cache.",
             double softcap, int dtype, int nthreads)
 
 #ifdef FASTRLHF_ISA
-#include "logprob_row.h"
+#include "attention_tile.h"
 #include "pool.h"
 
 namespace fastrlhf::FASTRLHF_ISA {
 namespace {
 
-constexpr int64_t TILE_T = 64;           // tokens
-constexpr int64_t MAX_HEADS = 8;         // query heads that share a read
-constexpr int64_t MAX_D = 256;           // numbers from one query head's to the next one's
 constexpr int64_t GRAIN_BYTES = 131072;  // of the cache; worth waking a thread for
-constexpr bool WIDE = VEC_BYTES == 64;   // 32 registers, else 16
-
-// Of some tokens, beside the sum of their weighted values: the largest score, and the sum of the
-// weights exp(score - max).
-template <class A>
-struct State {
-  A max, total;
-};
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// f(Count<NH>{}, h) for blocks of NH heads at h: fours, then a two, then a one.
-template <class F>
-FASTRLHF_INLINE void over_heads(int64_t heads, const F& f) {
-  int64_t h = 0;
-  for (; h + 4 <= heads; h += 4) f(Count<4>{}, h);
-  if (h + 2 <= heads) {
-    f(Count<2>{}, h);
-    h += 2;
-  }
-  if (h < heads) f(Count<1>{}, h);
-}
-
 // ---- what a call is given, and where it finds it
 
 template <class T>
@@ -87,215 +56,27 @@ struct Call {
   }
 };
 
-// Where a tile's keys and values are.
+// Finds the rows of tokens from `from` to the end of its tile, or to `end`.
 template <class T>
-struct Rows {
-  int64_t n;
-  const T *keys[TILE_T], *values[TILE_T];
-
-  // Of tokens from `from` to the end of its tile, or to `end`.
-  void find(const Call<T>& c, int64_t b, int64_t kv_head, int64_t from, int64_t end) {
-    n = max_of<int64_t>(min_of((from / TILE_T + 1) * TILE_T, end) - from, 0);
-    const int32_t* page = c.tables + b * c.P + from / c.page_size;
-    const T* k = c.k_cache + kv_head * c.k_head_stride;
-    const T* v = c.v_cache + kv_head * c.v_head_stride;
-    int64_t offset = from % c.page_size;
-    for (int64_t t = 0; t < n;) {
-      const int64_t stop = min_of(n, t + c.page_size - offset);
-      const T* key = k + *page * c.k_page_stride + offset * c.k_slot_stride;
-      const T* value = v + *page * c.v_page_stride + offset * c.v_slot_stride;
-      for (; t < stop; ++t, key += c.k_slot_stride, value += c.v_slot_stride) {
-        keys[t] = key;
-        values[t] = value;
-      }
-      ++page;
-      offset = 0;
+void find(Rows<T>& rows, const Call<T>& c, int64_t b, int64_t kv_head, int64_t from, int64_t end) {
+  const int64_t n = max_of<int64_t>(min_of((from / TILE_T + 1) * TILE_T, end) - from, 0);
+  const int32_t* page = c.tables + b * c.P + from / c.page_size;
+  const T* k = c.k_cache + kv_head * c.k_head_stride;
+  const T* v = c.v_cache + kv_head * c.v_head_stride;
+  int64_t offset = from % c.page_size;
+  for (int64_t t = 0; t < n;) {
+    const int64_t stop = min_of(n, t + c.page_size - offset);
+    const T* key = k + *page * c.k_page_stride + offset * c.k_slot_stride;
+    const T* value = v + *page * c.v_page_stride + offset * c.v_slot_stride;
+    for (; t < stop; ++t, key += c.k_slot_stride, value += c.v_slot_stride) {
+      rows.keys[t] = key;
+      rows.values[t] = value;
     }
-    for (int64_t t = n; t % 4 != 0; ++t) keys[t] = keys[n - 1];
+    ++page;
+    offset = 0;
   }
-
-  void fetch(int64_t t, int64_t D) const {
-    for (int64_t i = t; i < min_of(t + 4, n); ++i) {
-      const char* k = reinterpret_cast<const char*>(keys[i]);
-      const char* v = reinterpret_cast<const char*>(values[i]);
-      for (int64_t at = 0; at < D * static_cast<int64_t>(sizeof(T)); at += 64) {
-        __builtin_prefetch(k + at, 0, 2);
-        __builtin_prefetch(v + at, 0, 2);
-      }
-    }
-  }
-};
-
-// ---- scores: NH heads by four tokens at once
-
-// The sums over the lanes of four vectors.
-FASTRLHF_INLINE void sum_lanes(const vd* v, double* sums) {
-  for (int t = 0; t < 4; ++t) sums[t] = hsum(v[t]);
-}
-FASTRLHF_INLINE void sum_lanes(const vf* v, float* sums) {
-#if defined(__x86_64__)
-  // Transposed by fours and added, then the quarters of what is left: a third of four hsums' steps.
-  typedef float quad __attribute__((vector_size(16)));
-  constexpr int QUADS = VEC_BYTES / 16;
-  quad total{};
-  quad part[4][QUADS];
-  for (int t = 0; t < 4; ++t) __builtin_memcpy(part[t], v + t, sizeof(vf));
-  for (int i = 0; i < QUADS; ++i) {
-    const quad a = _mm_unpacklo_ps(part[0][i], part[1][i]) + _mm_unpackhi_ps(part[0][i], part[1][i]);
-    const quad b = _mm_unpacklo_ps(part[2][i], part[3][i]) + _mm_unpackhi_ps(part[2][i], part[3][i]);
-    total += quad(_mm_movelh_ps(a, b)) + quad(_mm_movehl_ps(b, a));
-  }
-  __builtin_memcpy(sums, &total, sizeof(total));
-#else
-  for (int t = 0; t < 4; ++t) sums[t] = hsum(v[t]);
-#endif
-}
-
-template <int NH, class V>
-FASTRLHF_INLINE void add_products(const elem_t<V>* q, const V* keys, V (&sums)[NH][4]) {
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; ++h) {
-    const V x = load(q + h * MAX_D);
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) sums[h][t] = vfma(x, keys[t], sums[h][t]);
-  }
-}
-
-template <int NH, class T>
-FASTRLHF_INLINE void dot_block(const acc_t<T>* q, const T* const* rows, int64_t D, acc_t<T> scale,
-                               acc_t<T>* scores) {
-  using A = acc_t<T>;
-  using V = vec_t<A>;
-  constexpr int64_t W = lanes<V>;
-  V sums[NH][4], a[4], b[4];
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; ++h) {
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) sums[h][t] = V{};
-  }
-  int64_t d = 0;
-  for (; d + 2 * W <= D; d += 2 * W) {
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) load_pair(rows[t] + d, a[t], b[t]);
-    add_products<NH>(q + d, a, sums);
-    add_products<NH>(q + d + W, b, sums);
-  }
-  if (d + W <= D) {
-    for (int t = 0; t < 4; ++t) a[t] = load(rows[t] + d);
-    add_products<NH>(q + d, a, sums);
-    d += W;
-  }
-  if (d < D) {
-    for (int t = 0; t < 4; ++t) a[t] = load_n(rows[t] + d, D - d, A(0));
-    add_products<NH>(q + d, a, sums);
-  }
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; ++h) {
-    A lane_sums[4];
-    sum_lanes(sums[h], lane_sums);
-    for (int t = 0; t < 4; ++t) scores[h * TILE_T + t] = lane_sums[t] * scale;
-  }
-}
-
-// Of n tokens, rounded up to fours: `rows` has as many.
-template <int NH, class T>
-void dots(const acc_t<T>* q, const T* const* rows, const Rows<T>* next, int64_t n, int64_t D,
-          acc_t<T> scale, acc_t<T>* scores) {
-  constexpr int N = WIDE || NH < 4 ? NH : 2;  // as many as there are registers for
-  for (int64_t t = 0; t < n; t += 4) {
-    if (next != nullptr) next->fetch(t, D);
-    for (int h = 0; h < NH; h += N) {
-      dot_block<N>(q + h * MAX_D, rows + t, D, scale, scores + h * TILE_T + t);
-    }
-  }
-}
-
-// ---- weighted values: NH heads by NV pairs of vectors at once
-
-template <int NH, int NV, class T>
-FASTRLHF_INLINE void weigh_block(const acc_t<T>* weights, const T* const* rows, int64_t n,
-                                 int64_t d, acc_t<T>* sums) {
-  using V = vec_t<acc_t<T>>;
-  constexpr int64_t W = lanes<V>;
-  V s[NH][2 * NV];
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; ++h) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 2 * NV; ++j) s[h][j] = load(sums + h * MAX_D + d + j * W);
-  }
-  for (int64_t t = 0; t < n; ++t) {
-    V v[2 * NV];
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) load_pair(rows[t] + d + 2 * j * W, v[2 * j], v[2 * j + 1]);
-#pragma GCC unroll 4
-    for (int h = 0; h < NH; ++h) {
-      const V w = splat<V>(weights[h * TILE_T + t]);
-#pragma GCC unroll 4
-      for (int j = 0; j < 2 * NV; ++j) s[h][j] = vfma(w, v[j], s[h][j]);
-    }
-  }
-  for (int h = 0; h < NH; ++h) {
-    for (int j = 0; j < 2 * NV; ++j) store(sums + h * MAX_D + d + j * W, s[h][j]);
-  }
-}
-
-template <int NH, class T>
-void weigh(const acc_t<T>* weights, const T* const* rows, int64_t n, int64_t D, acc_t<T>* sums) {
-  using A = acc_t<T>;
-  using V = vec_t<A>;
-  constexpr int64_t W = lanes<V>;
-  constexpr int NV = WIDE || NH == 1 ? 2 : 1;
-  int64_t d = 0;
-  for (; d + 2 * NV * W <= D; d += 2 * NV * W) weigh_block<NH, NV>(weights, rows, n, d, sums);
-  for (; d + 2 * W <= D; d += 2 * W) weigh_block<NH, 1>(weights, rows, n, d, sums);
-  for (; d < D; d += W) {
-    const int64_t k = min_of(W, D - d);
-    V s[NH];
-    for (int h = 0; h < NH; ++h) s[h] = load(sums + h * MAX_D + d);
-    for (int64_t t = 0; t < n; ++t) {
-      const V v = k == W ? load(rows[t] + d) : load_n(rows[t] + d, k, A(0));
-      for (int h = 0; h < NH; ++h) s[h] = vfma(splat<V>(weights[h * TILE_T + t]), v, s[h]);
-    }
-    for (int h = 0; h < NH; ++h) store(sums + h * MAX_D + d, s[h]);
-  }
-}
-
-// ---- a tile's weights
-
-// Scores of one head become exp(score - max), and what was summed before is put on that scale.
-template <class A>
-void exponentials(A* scores, int64_t n, A softcap, int64_t D, State<A>& state, A* sums) {
-  using V = vec_t<A>;
-  constexpr int64_t W = lanes<V>;
-  for (int64_t t = n; t % W != 0; ++t) scores[t] = -INF<A>;
-  V top = splat<V>(-INF<A>);
-  for (int64_t t = 0; t < n; t += W) {
-    V s = load(scores + t);
-    if (softcap != A(0)) {
-      V slope;
-      s = softcap * tanh_slope(s / softcap, slope);
-      if (t + W > n) {
-        for (int64_t i = n - t; i < W; ++i) s[i] = -INF<A>;
-      }
-      store(scores + t, s);
-    }
-    top = vmax(s, top);
-  }
-  const A max = max_of(state.max, hmax(top));
-  const A shift = max == -INF<A> ? A(0) : max;
-  if (max != state.max) {
-    const A shrink = s_exp(state.max - shift);
-    state.max = max;
-    state.total *= shrink;
-    for (int64_t d = 0; d < D; d += W) store(sums + d, load(sums + d) * shrink);
-  }
-  V total{};
-  for (int64_t t = 0; t < n; t += W) {
-    const V e = vexp(load(scores + t) - shift);
-    store(scores + t, e);
-    total += e;
-  }
-  state.total += hsum(total);
+  for (int64_t t = n; t % 4 != 0; ++t) rows.keys[t] = rows.keys[n - 1];
+  rows.n = n;
 }
 
 // ---- splits
@@ -338,7 +119,7 @@ __attribute__((noinline)) void attend(const Call<T>& c, int64_t b, int64_t kv_he
   const int64_t end = min_of<int64_t>((s + 1) * c.split, c.lengths[b]), first = c.first(b);
   Rows<T> tiles[2];  // this tile's, and the next one's, which is fetched meanwhile
   int64_t at = max_of(s * c.split, first);
-  tiles[0].find(c, b, kv_head, at, end);
+  find(tiles[0], c, b, kv_head, at, end);
   for (int i = 0; at < end; i ^= 1) {
     const Rows<T>& rows = tiles[i];
     Rows<T>& next = tiles[i ^ 1];
@@ -346,9 +127,9 @@ __attribute__((noinline)) void attend(const Call<T>& c, int64_t b, int64_t kv_he
     at += n;
     // Past the split, and the head: in one thread's hands the next one follows.
     if (at < c.lengths[b]) {
-      next.find(c, b, kv_head, at, c.lengths[b]);
+      find(next, c, b, kv_head, at, c.lengths[b]);
     } else if (kv_head + 1 < c.HKV) {
-      next.find(c, b, kv_head + 1, first, c.lengths[b]);
+      find(next, c, b, kv_head + 1, first, c.lengths[b]);
     } else {
       next.n = 0;
     }

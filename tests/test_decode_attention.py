@@ -12,9 +12,9 @@ from oracle import Backend, assert_accurate, assert_same_bits
 from torch import Tensor
 
 from fastrlhf_kernels import available_backends, decode_attention
+from fastrlhf_kernels._decode_attention_kernel import SPLIT
 from fastrlhf_kernels.decode_attention import (
     CPU_SPLIT,
-    SPLIT,
     _decode_attention_native,
     decode_attention_ref,
 )
