@@ -27,7 +27,8 @@ import pytest
 from common import DEVICE, Missing, Row
 from ppo_cases import needed, operations, seconds_of, write_case
 
-EPISODES, TIMED = 32, 2
+EPISODES = 32
+TIMED, THEIRS = 4, 2  # iterations after the first, which warms up: ours, and TRL's slower ones
 CASES = {
     "geometric": ([8 + i * 120 // (EPISODES - 1) for i in range(EPISODES)], 128),
     "full": ([32] * EPISODES, 64),
@@ -55,14 +56,14 @@ def test_ppo(keep: Any, case: str) -> None:
         given = write_case(
             Path(folder), prompts, new_tokens, iterations=1 + TIMED, ends=case == "geometric"
         )
-        theirs = beside.trl_1_12("ppo", given)
+        theirs = beside.trl_1_12("ppo", given | {"iterations": 1 + THEIRS})
         found = beside.ours("ppo", given)
         rows = [
             rows_of(case, shape, found, "cpu"),
             rows_of(case, shape, theirs, "TRL 1.12"),
         ]
         if case == "full":
-            mixed = beside.ours("ppo", given | {"ptx_ratio": 1.0})
+            mixed = beside.ours("ppo", given | {"ptx_ratio": 1.0, "iterations": 1 + THEIRS})
             rows.append(rows_of(case, shape, mixed, "ours, with as many pretraining sequences"))
     phases: dict[str, Any] = {}
     for name, side in (("ours", found), ("TRL 1.12", theirs)):
