@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 from common import DEVICE, Missing, ours
-from linear_cases import ORACLE_ROWS, case, cases, exact, products
+from linear_cases import case, cases, distinct, exact, products, repeated
 from peers import each, trl_chunked_head
 from torch import Tensor
 
@@ -45,16 +45,16 @@ def functions() -> dict:
 @pytest.mark.parametrize(("N", "H", "V", "dtype"), CASES, ids=str)
 def test_forward(compare, N: int, H: int, V: int, dtype: torch.dtype) -> None:
     hidden, weight, labels = case(N, H, V, dtype)
-    wide = weight.double()
-    pieces = zip(hidden.split(ORACLE_ROWS), labels.split(ORACLE_ROWS), strict=True)
-    oracle = [linear_logprobs(h.double(), wide, y, backend="ref") for h, y in pieces]
-    del wide
+    n = distinct(N)
+    exact_rows = (hidden[:n].double(), weight.double(), labels[:n])
+    oracle = repeated(linear_logprobs(*exact_rows, backend="ref"), N)
+    del exact_rows
     compare(
         "linear_logprobs",
         each(functions(), lambda f: f(hidden, weight, labels)),
         shape=f"N={N} H={H} V={V} forward",
         dtype=dtype,
-        oracle=torch.cat(oracle),
+        oracle=oracle,
         tolerance=0.1 if dtype == torch.bfloat16 else 1e-4,
         ceilings={"bare product": products(hidden, weight, "z")},
         flops=2 * N * V * H,
@@ -64,7 +64,7 @@ def test_forward(compare, N: int, H: int, V: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("N", "H", "V", "dtype"), CASES, ids=str)
 def test_with_gradient(compare, N: int, H: int, V: int, dtype: torch.dtype) -> None:
     hidden, weight, labels = case(N, H, V, dtype)
-    upstream = torch.randn(N, device=DEVICE)
+    upstream = repeated(torch.randn(distinct(N), device=DEVICE), N)
 
     def both(f, h: Tensor, w: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, ...]:
         logprobs = f(h, w, y)

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 from common import DEVICE, Missing, ours
-from linear_cases import case, exact, products
+from linear_cases import case, distinct, exact, products, repeated
 from peers import each, trl_chunked_head
 from torch import Tensor
 
@@ -69,12 +69,14 @@ def functions() -> dict:
 def test_with_gradient(compare, N: int, H: int, V: int) -> None:
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     hidden, weight, labels = case(N, H, V, dtype)
-    logprobs = linear_logprobs(hidden, weight, labels).float()
-    old = logprobs + 0.3 * torch.randn(N, device=DEVICE)
+    n = distinct(N)
+    logprobs = repeated(linear_logprobs(hidden[:n], weight, labels[:n]).float(), N)
+    noise, advantages = (repeated(x, N) for x in torch.randn(2, n, device=DEVICE))
+    old = logprobs + 0.3 * noise
     near = ((logprobs - old).abs().exp() - 1.2).abs() < 1e-3  # where rounding could choose the side
     near |= ((-(logprobs - old).abs()).exp() - 0.8).abs() < 1e-3
     old = torch.where(near, logprobs, old)
-    data = (labels, old, torch.randn(N, device=DEVICE))
+    data = (labels, old, advantages)
 
     def step(f, h: Tensor, w: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
         loss = f(h, w, *data)

@@ -19,7 +19,7 @@ import importlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L2_FLUSH_BYTES = 1 << 30
 COPY_BYTES = 256 << 20  # a longer copy is no faster
 ROUNDS = 15
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 3  # of our own variants and of ceilings; the others' least is one
 SLOW = 25.0  # seconds of a first call past which there is no second: its time counts, rounds is 1
-SECONDS = 8.0  # of rounds a comparison: past it, no round begins beyond the least
+SECONDS = 2.0  # of a variant's rounds: past it, none begins beyond the least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +122,35 @@ def max_error(result: Any, oracle: Any) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS, pause: float = 0.0
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = ROUNDS,
+    pause: float = 0.0,
+    steady: Collection[str] = OURS,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, all of them warm: round after round, each once, after `pause`."""
+    """Seconds of every call, all of them warm: round after round, each once, after `pause`.
+
+    A call that has taken SECONDS sits out the later rounds, those in `steady` ("cpu" and "cpu, ..."
+    alike) not before LEAST_ROUNDS: slow peers need not be known as exactly as our own.
+    """
     flush = (
         torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if DEVICE == "cuda" else None
     )
     times: dict[str, list[float]] = {name: [] for name in calls}
-    began = time.monotonic()
     for i in range(rounds):
-        if i >= LEAST_ROUNDS and time.monotonic() - began > SECONDS:
-            break
         for name, call in calls.items():
-            time.sleep(pause)
-            times[name].append(time_once(call, flush))
+            least = LEAST_ROUNDS if name.split(",")[0] in steady else 1
+            if i < least or sum(times[name]) < SECONDS:
+                time.sleep(pause)
+                times[name].append(time_once(call, flush))
     return times
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Of one or more times."""
+    if len(seconds) == 1:
+        return (seconds[0],) * 3
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return low, median, high
 
 
 def attempt(row: Row, call: Variant, oracle: Any = None, tolerance: float | None = None) -> Row:
@@ -212,7 +226,7 @@ def measure(
         for name, call in all_calls.items()
         if name not in untimed and not isinstance(call, Missing)
     }
-    times = interleave(calls, rounds, pause)
+    times = interleave(calls, rounds, pause, (*OURS, *(ceilings or ())))
     copy = statistics.median(times.pop("copy")) * (half / copied)
     for i, row in enumerate(rows):
         if row.note is not None:
@@ -221,9 +235,8 @@ def measure(
             median, spread, n = row.median_s, 0.0, 1
         else:
             seconds = times[row.variant]
-            median, n = statistics.median(seconds), len(seconds)
-            low, _, high = statistics.quantiles(seconds, n=4)
-            spread = high - low
+            low, median, high = quartiles(seconds)
+            spread, n = high - low, len(seconds)
         rows[i] = dataclasses.replace(
             row,
             median_s=median,

@@ -15,7 +15,7 @@ from common import DEVICE
 from torch import Tensor
 
 COLUMNS = 4096
-ORACLE_ROWS = 1024  # at a time in fp64: all of the largest case do not fit into 80 GB
+DISTINCT = 256  # rows, over and over: in fp64 all of the largest case do not fit into 80 GB
 WIDE = (2048, 512, 50257, torch.float32)  # on a CPU; in bf16 it takes minutes
 
 Shape = tuple[int, int, int]  # N, H, V
@@ -28,12 +28,23 @@ def cases(*, cpu: list[Shape], gpu: list[Shape]) -> list[tuple[int, int, int, to
     return [(*shape, dtype) for shape in cpu for dtype in (torch.float32, torch.bfloat16)] + [WIDE]
 
 
+def distinct(N: int) -> int:
+    """How many of N rows differ; the others repeat them, with all that belongs to a row."""
+    return DISTINCT if N % DISTINCT == 0 else N
+
+
+def repeated(rows: Tensor, N: int) -> Tensor:
+    """N rows made of these."""
+    return rows.repeat(N // len(rows), *[1] * (rows.ndim - 1))
+
+
 def case(N: int, H: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, H), weight (V, H), labels (N,)."""
     options = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE}
-    hidden = torch.randn(N, H, **options).to(dtype)
+    hidden = torch.randn(distinct(N), H, **options).to(dtype)
     weight = (torch.randn(V, H, **options) * H**-0.5).to(dtype)
-    return hidden, weight, torch.randint(0, V, (N,), **options)
+    labels = torch.randint(0, V, (distinct(N),), **options)
+    return repeated(hidden, N), weight, repeated(labels, N)
 
 
 def exact(
@@ -43,22 +54,21 @@ def exact(
     *data: Tensor,
     mean: bool = False,
 ) -> tuple[Tensor, ...]:
-    """step(hidden, weight, *data) in fp64, a piece of the rows at a time.
+    """step(hidden, weight, *data) in fp64, from the rows that differ.
 
     What it gives are values a row, or with `mean` the mean of such, then the gradients of hidden
     and weight.
     """
+    N = len(hidden)
+    n = distinct(N)
+    for x in (hidden, *data):
+        assert torch.equal(repeated(x.detach()[:n], N), x.detach()), "rows that do not repeat"
+    rows = hidden.detach()[:n].double().requires_grad_()
     wide = weight.detach().double().requires_grad_()
-    pieces = zip(*(x.detach().split(ORACLE_ROWS) for x in (hidden, *data)), strict=True)
-    values, of_hidden, of_weight = [], [], torch.zeros_like(wide)
-    for rows, *others in pieces:
-        share = len(rows) / len(hidden) if mean else 1.0
-        value, dh, dw = step(rows.double().requires_grad_(), wide, *others)
-        values.append(value.detach() * share)
-        of_hidden.append(dh * share)
-        of_weight = of_weight + dw * share
-    value = torch.stack(values).sum() if mean else torch.cat(values)
-    return value, torch.cat(of_hidden), of_weight.detach()
+    value, of_hidden, of_weight = step(rows, wide, *(x.detach()[:n] for x in data))
+    if mean:
+        return value.detach(), repeated(of_hidden * (n / N), N), of_weight
+    return repeated(value.detach(), N), repeated(of_hidden, N), of_weight * (N / n)
 
 
 def products(hidden: Tensor, weight: Tensor, kinds: str) -> Callable[[], None]:

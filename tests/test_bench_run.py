@@ -117,7 +117,12 @@ def test_memory_alone() -> None:
 
 def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "SECONDS", 0.0)
-    assert len(common.interleave({"f": lambda: None}, 15)["f"]) == common.LEAST_ROUNDS
+    times = common.interleave({"cpu": lambda: None, "peer": lambda: None}, 15)
+    assert {name: len(found) for name, found in times.items()} == {
+        "cpu": common.LEAST_ROUNDS,
+        "peer": 1,
+    }
+    assert common.quartiles(times["peer"]) == (times["peer"][0],) * 3
 
 
 def test_order_names_benchmarks() -> None:
