@@ -35,8 +35,8 @@ L2_FLUSH_BYTES = 1 << 30
 COPY_BYTES = 256 << 20  # a longer copy is no faster
 ROUNDS = 15
 LEAST_ROUNDS = 3  # of our own variants and of ceilings; the others' least is one
-SLOW = 25.0  # seconds of a first call past which there is no second: its time counts, rounds is 1
-SECONDS = 2.0  # of a variant's rounds: past it, none begins beyond the least
+SLOW = 5.0  # seconds of a first call past which there is no second: its time counts, rounds is 1
+SECONDS = 1.0  # of a variant's rounds: past it, none begins beyond the least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +126,12 @@ def interleave(
     rounds: int = ROUNDS,
     pause: float = 0.0,
     steady: Collection[str] = OURS,
+    least: int = 1,
 ) -> dict[str, list[float]]:
     """Seconds of every call, all of them warm: round after round, each once, after `pause`.
 
-    A call that has taken SECONDS sits out the later rounds, those in `steady` ("cpu" and "cpu, ..."
-    alike) not before LEAST_ROUNDS: slow peers need not be known as exactly as our own.
+    A call that has taken SECONDS sits out the later rounds, but not before the first `least`, those
+    in `steady` ("cpu" and "cpu, ..." alike) LEAST_ROUNDS: slow peers need not be known as exactly.
     """
     flush = (
         torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if DEVICE == "cuda" else None
@@ -138,8 +139,8 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
         for name, call in calls.items():
-            least = LEAST_ROUNDS if name.split(",")[0] in steady else 1
-            if i < least or sum(times[name]) < SECONDS:
+            at_least = LEAST_ROUNDS if name.split(",")[0] in steady else least
+            if i < at_least or sum(times[name]) < SECONDS:
                 time.sleep(pause)
                 times[name].append(time_once(call, flush))
     return times
@@ -153,13 +154,19 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def attempt(row: Row, call: Variant, oracle: Any = None, tolerance: float | None = None) -> Row:
+def attempt(
+    row: Row,
+    call: Variant,
+    oracle: Any = None,
+    tolerance: float | None = None,
+    peaks: bool = True,
+) -> Row:
     """Calls a variant for the first time: its row, with error and memory, or with a note."""
     if isinstance(call, Missing):
         return dataclasses.replace(row, note=call.why)
     try:
         began = time.perf_counter()
-        result, peak = with_peak(call)
+        result, peak = with_peak(call) if peaks else (call(), None)
         seconds = time.perf_counter() - began
         error = None if oracle is None else max_error(result, oracle)
     except (MemoryError, torch.OutOfMemoryError):
@@ -170,7 +177,9 @@ def attempt(row: Row, call: Variant, oracle: Any = None, tolerance: float | None
         return dataclasses.replace(row, note=note)
     wrong = error is not None and tolerance is not None and not error <= tolerance
     note = f"WRONG: off by {error:.2g}" if wrong else None
-    if seconds > SLOW and not wrong:
+    # Ours are timed with care, and a compiled one's first call compiles.
+    once = row.variant.split(",")[0] not in OURS and "compile" not in row.variant
+    if seconds > SLOW and not wrong and once:
         row = dataclasses.replace(row, median_s=seconds, iqr_s=0.0, rounds=1)
     return dataclasses.replace(row, max_error=error, peak_bytes=peak, note=note)
 
@@ -187,7 +196,9 @@ def measure(
     flops: int = 0,
     ceilings: Mapping[str, Callable[[], Any]] | None = None,
     rounds: int = ROUNDS,
+    least: int = 1,
     pause: float = 0.0,
+    peaks: bool = True,
 ) -> list[Row]:
     """Compares the variants' results, times them, and gives a row for each.
 
@@ -201,16 +212,19 @@ def measure(
         bytes_moved, flops: what a call must at least move and compute.
         ceilings: name -> call, timed in the same rounds as bounds; what they give is not compared.
         rounds: how often each variant is timed, at most; 0: rows say the memory, and no time.
+        least: how often at least, see `interleave`.
         pause: seconds of sleep before each timed call. OpenMP's threads, which torch uses, spin on
             for some milliseconds after a call, and would take a core from the next variant's.
+        peaks: whether to measure memory; on a CPU torch's profiler does, which calls of many small
+            operations are the slower for.
     """
     blank = Row(op, "", DEVICE, shape, str(dtype).removeprefix("torch."))
     rows = [
-        attempt(dataclasses.replace(blank, variant=name), call, oracle, tolerance)
+        attempt(dataclasses.replace(blank, variant=name), call, oracle, tolerance, peaks)
         for name, call in variants.items()
     ]
     rows += [
-        dataclasses.replace(attempt(blank, call), variant=name, ceiling=True)
+        dataclasses.replace(attempt(blank, call, peaks=peaks), variant=name, ceiling=True)
         for name, call in (ceilings or {}).items()
     ]
     if rounds == 0:
@@ -226,7 +240,7 @@ def measure(
         for name, call in all_calls.items()
         if name not in untimed and not isinstance(call, Missing)
     }
-    times = interleave(calls, rounds, pause, (*OURS, *(ceilings or ())))
+    times = interleave(calls, rounds, pause, (*OURS, *(ceilings or ())), least)
     copy = statistics.median(times.pop("copy")) * (half / copied)
     for i, row in enumerate(rows):
         if row.note is not None:
@@ -262,7 +276,7 @@ def table(rows: list[Row]) -> str:
                 "" if row.gb_per_s is None else f"{row.gb_per_s:.2f}",
                 "" if row.tflop_per_s is None else f"{row.tflop_per_s:.3f}",
                 "" if row.share_of_copy is None else f"{row.share_of_copy:.0%}",
-                f"{row.peak_bytes / 1e6:.1f}",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
                 "" if row.max_error is None else f"{row.max_error:.1e}",
             ]
         )
