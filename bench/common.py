@@ -34,7 +34,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L2_FLUSH_BYTES = 1 << 30
 COPY_BYTES = 256 << 20  # a longer copy is no faster
 ROUNDS = 15
-LEAST_ROUNDS = 3  # of our own variants and of ceilings; the others' least is one
+LEAST_ROUNDS = 5  # of our own variants and of ceilings; the others' least is one
 SLOW = 5.0  # seconds of a first call past which there is no second: its time counts, rounds is 1
 SECONDS = 1.0  # of a variant's rounds: past it, none begins beyond the least
 
