@@ -1,6 +1,6 @@
 """Runs the benchmarks, the most important first, and keeps their results.
 
-    python bench/run.py                         # all that fits; begins none after 800 s; `make bench`
+    python bench/run.py                         # all; `make bench`; begins none after 800 s
     python bench/run.py gae whiten              # these
     python bench/run.py --seconds 300 --results FOLDER --no-peers
 
