@@ -4,7 +4,8 @@
 
 The trainer of bench_ppo.py, from 16 prompts of 32 tokens, 32 new tokens and 5 layers on; no
 response ends early. TFLOP/s counts the matrix products that cannot be avoided (ppo_cases.py): where
-the time grows as they do it stays the same.
+the time grows as they do it stays the same. Memory is not told: all cases run in one process, which
+may still hold what earlier ones gave back.
 """
 
 from __future__ import annotations
@@ -53,5 +54,5 @@ def test_scaling(keep: Any, prompts: int, new_tokens: int, layers: int) -> None:
         iqr_s=max(times) - min(times),
         rounds=TIMED,
         tflop_per_s=flops / statistics.median(times) * 1e-12,
-    )  # no memory: what earlier cases gave back may still be the process's
+    )
     keep([row])

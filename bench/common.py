@@ -35,7 +35,7 @@ L2_FLUSH_BYTES = 1 << 30
 COPY_BYTES = 256 << 20  # a longer copy is no faster
 ROUNDS = 15
 LEAST_ROUNDS = 5  # of our own variants and of ceilings; the others' least is one
-SLOW = 5.0  # seconds of a first call past which there is no second: its time counts, rounds is 1
+SLOW = 5.0  # seconds of a peer's first call past which it counts and is the only one: rounds is 1
 SECONDS = 1.0  # of a variant's rounds: past it, none begins beyond the least
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import _triton
-from fastrlhf_kernels._logprob_rows import exponent
+from fastrlhf_kernels._logit_row import exponent
 from fastrlhf_kernels._triton import (
     exp,
     exp_nonpositive,

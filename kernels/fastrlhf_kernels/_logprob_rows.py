@@ -30,12 +30,14 @@ from torch import Tensor
 
 from . import _native
 from ._checks import check_labels
+from ._logit_row import gradient_terms, load_z, row_offset, scan_row
 from ._native import pointer
-from ._triton import AotConfig, exp_nonpositive, jit, launch, log1p, on_device, tanh, tl
+from ._triton import AotConfig, jit, launch, log1p, on_device, tl
 
 # Swept on an H200 by bench/sweep.py, 4096 x 151936. Forward, of a copy's 4.29 TB/s: 4.14 in fp32
-# and 2.5 in bf16 with 2048 or 4096 columns on four warps, 3.6 and 1.9 on eight. Backward: 3.73 and
-# 2.37 with these, 3.46 and 2.42 on four warps. The forward's width fixes the order of the sums.
+# and 2.5 in bf16 with 2048 or 4096 columns on four warps, 3.6 and 1.9 on eight. Backward, before it
+# had wide loads and settled labels by themselves: 3.73 and 2.37 with these, 3.46 and 2.42 on four
+# warps. The forward's width fixes the order of the sums.
 BLOCK_V = 2048
 NUM_WARPS = 4
 BACKWARD_BLOCK_V = 2048
@@ -52,127 +54,11 @@ _ANY_VALUE = (
 COLUMNS_MULTIPLE = 4096
 
 
-@jit()
-def make_z(
-    z, bias, bias_start, columns, V, scale, cap,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """z in fp32 of what was read at `columns`.
-
-    The layout of a tile, and with it the order of its sums, follows from the widest load, so none
-    may be wider than a row's: `bias_start`, which the compiler does not know to be 0, keeps the
-    bias' as narrow.
-    """
-    z = z.to(tl.float32)
-    if HAS_BIAS:
-        if MASKED:
-            z += tl.load(bias + bias_start + columns, mask=columns < V, other=0.0)
-        else:
-            z += tl.load(bias + bias_start + columns)
-    if scale is not None:
-        z *= scale
-    if HAS_CAP:
-        z = cap * tanh(z * tl.div_rn(1.0, cap))
-    return z
-
-
-@jit()
-def load_z(
-    x, bias, bias_start, columns, V, scale, cap, some,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """z at `columns`; -inf past V, and everywhere where `some` is false."""
-    inside = (columns < V) & some
-    z = tl.load(x + columns, mask=inside, other=0.0)
-    z = make_z(z, bias, bias_start, columns, V, scale, cap, True, HAS_BIAS, HAS_CAP)
-    return tl.where(inside, z, float("-inf"))
-
-
-@jit()
-def exponent(z, m, t, UNIT: tl.constexpr):
-    """(z - m) / t for z <= m, at least -150, where exp is 0 in fp32; NaN where z or m is NaN.
-
-    UNIT says that t is 1. The maximum is subtracted before scaling: folded into the scaled load, a
-    large offset would cost digits.
-    """
-    u = z - m
-    if not UNIT:
-        # By the reciprocal, and once more for what that leaves: a division has a slow path, for
-        # which registers are kept. Finite throughout, so that nothing is inf - inf.
-        inverse = tl.minimum(tl.div_rn(1.0, t), 3.0e38)
-        d = tl.maximum(u, -3.0e38, propagate_nan=tl.PropagateNan.ALL)
-        u = tl.maximum(d * inverse, -150.0, propagate_nan=tl.PropagateNan.ALL)
-        u = tl.fma(tl.fma(-u, t, d), inverse, u)
-        u = tl.where(z == float("-inf"), -150.0, u)
-    return tl.maximum(u, -150.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@jit()
-def tile_state(z, t, MOMENT: tl.constexpr, UNIT: tl.constexpr):
-    """(max, rest, moment) of a tile."""
-    m = tl.max(z, 0)  # of what is no NaN
-    u = exponent(z, tl.where(m == float("-inf"), 0.0, m), t, UNIT)
-    e = exp_nonpositive(u)
-    total = tl.sum(e, 0)
-    rest = total - 1.0
-    if total < 3.0:
-        # Few terms beside the maximum: they are summed without it, or their digits would be lost.
-        top = u == 0.0
-        rest = tl.sum(tl.where(top, 0.0, e), 0) + (tl.sum(tl.where(top, 1.0, 0.0), 0) - 1.0)
-    rest = tl.where((m == float("-inf")) & (total == total), 0.0, rest)
-    moment = 0.0
-    if MOMENT:
-        moment = tl.sum(e * u, 0) * t
-    return m, rest, moment
-
-
-@jit()
-def combine(m1, rest1, moment1, m2, rest2, moment2, t, UNIT: tl.constexpr):
-    """The state of two tiles together."""
-    m = tl.maximum(m1, m2)
-    low = tl.minimum(m1, m2)
-    left = m1 >= m2
-    rest = tl.where(left, rest1, rest2)
-    moved = 1.0 + tl.where(left, rest2, rest1)
-    empty = low == float("-inf")  # the tile adds nothing
-    u = exponent(tl.where(empty, 0.0, low), tl.where(empty, 0.0, m), t, UNIT)
-    e = tl.where(empty, 0.0, exp_nonpositive(u))
-    moment = tl.where(left, moment1, moment2)
-    moment += e * (tl.where(left, moment2, moment1) + moved * (u * t))
-    return m, rest + moved * e, moment
-
-
-@jit()
-def scan_row(
-    x, bias, bias_start, V, m, rest, moment, t, scale, cap,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MOMENT: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The state of a row with V more columns behind it."""
-    lane = tl.arange(0, BLOCK_V)
-    whole = V // BLOCK_V
-    for i in range(whole):
-        z = tl.load(x + i * BLOCK_V + lane)
-        z = make_z(z, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, False, HAS_BIAS, HAS_CAP)
-        m2, rest2, moment2 = tile_state(z, t, MOMENT, UNIT)
-        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t, UNIT)
-    for i in range(whole, tl.cdiv(V, BLOCK_V)):
-        z = load_z(x, bias, bias_start, i * BLOCK_V + lane, V, scale, cap, True, HAS_BIAS, HAS_CAP)
-        m2, rest2, moment2 = tile_state(z, t, MOMENT, UNIT)
-        m, rest, moment = combine(m, rest, moment, m2, rest2, moment2, t, UNIT)
-    return m, rest, moment
-
-
-@jit()
-def row_offset(row, inner, outer_stride, inner_stride):
-    return (row // inner) * outer_stride + (row % inner) * inner_stride
-
-
 @jit(any_value=_ANY_VALUE)
 def _forward_kernel(
     x, bias, labels, temperatures, state, logprobs, entropy,  # pointers
     N, V, K, inner,  # sizes
-    outer_stride, inner_stride, first, bias_start,  # strides; x's first column; 0, see load_z
+    outer_stride, inner_stride, first, bias_start,  # strides; x's first column; 0, see make_z
     temperature, scale, cap, ignore_index,  # constants
     BEGIN: tl.constexpr, END: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr, HAS_ENTROPY: tl.constexpr, UNIT: tl.constexpr,
@@ -219,28 +105,6 @@ def _forward_kernel(
     tl.store(state + row, m)
     tl.store(state + N + row, rest)
     tl.store(state + 2 * N + row, moment)
-
-
-@jit()
-def _terms(
-    x, bias, bias_start, columns, inside, inverse, m, temperature, scale, cap,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """z of x, dz/dx over the temperature, u = (z - m) / temperature, and exp(u)."""
-    z = x.to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias + bias_start + columns, mask=inside, other=0.0)
-    slope = inverse
-    if scale is not None:
-        z *= scale
-        slope *= scale
-    if HAS_CAP:
-        # d tanh(a) = 4 q / (1 + q)^2 with q = exp(-2|a|), without cancellation
-        q = tl.exp(-2.0 * tl.abs(z * tl.div_rn(1.0, cap)))
-        slope = slope * 4.0 * q / ((1.0 + q) * (1.0 + q))
-        z = cap * tanh(z * tl.div_rn(1.0, cap))
-    u = exponent(z, m, temperature, UNIT)
-    return z, slope, u, exp_nonpositive(u)
 
 
 @jit(any_value=_ANY_VALUE)
@@ -293,7 +157,7 @@ def _backward_kernel(
         z = ahead
         if i + 1 < TILES:
             ahead = tl.load(x + columns + BLOCK_V, mask=(columns + BLOCK_V < V) & some, other=0.0)
-        z, slope, u, e = _terms(
+        z, slope, u, e = gradient_terms(
             z, bias, bias_start, columns, inside & some, inverse, m, temperature, scale, cap,
             HAS_BIAS, HAS_CAP, UNIT,
         )  # fmt: skip
@@ -310,7 +174,7 @@ def _backward_kernel(
             n_here += tl.where((label >= start) & (label < start + BLOCK_V), 1, 0)
         if n_here == 0:
             tl.store(dx + columns, dz, mask=inside)
-        else:  # without the labels' own columns, which x may still be needed of
+        else:  # not the labels' own columns: where dx is x, what follows still reads them
             for k in range(K):
                 label = tl.load(labels + k)
                 inside &= (lane != (label - start).to(tl.int32)) | (label == ignore_index)
@@ -328,7 +192,7 @@ def _backward_kernel(
                 own += tl.load(grad_logprobs + j, mask=same, other=0.0)
                 before += tl.where(same & (j < k), 1, 0)
             if before == 0:
-                one_z, one_slope, one_u, one_e = _terms(
+                one_z, one_slope, one_u, one_e = gradient_terms(
                     tl.load(x + column), bias, bias_start, column, True, inverse, m, temperature,
                     scale, cap, HAS_BIAS, HAS_CAP, UNIT,
                 )  # fmt: skip

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._logprob_rows import BLOCK_V, NUM_WARPS, exponent, load_z, scan_row
+from ._logit_row import exponent, load_z, scan_row
+from ._logprob_rows import BLOCK_V, NUM_WARPS
 from ._triton import (
     AotConfig,
     exp_nonpositive,

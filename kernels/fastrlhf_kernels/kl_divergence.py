@@ -44,7 +44,7 @@ from . import _native
 from ._backends import choose
 from ._checks import check_device, check_float, check_number, check_shape, compute_dtype
 from ._library import register, register_backward
-from ._logprob_rows import exponent, row_offset, scan_row
+from ._logit_row import exponent, row_offset, scan_row
 from ._native import pointer, with_unit_stride
 from ._triton import AotConfig, exp_nonpositive, jit, launch, log1p, on_device, tl
 
