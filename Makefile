@@ -22,7 +22,7 @@ TRL_1_12 := .venv/.trl-1.12
 NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.py)
 OPS := $(basename $(notdir $(wildcard kernels/fastrlhf_kernels/[a-z]*.py)))
 ASAN_TESTS := $(OPS:%=tests/test_%.py) $(wildcard tests/test_linear_heads.py) tests/test_build.py \
-  tests/test_decode_step.py \
+  tests/test_decode_step.py tests/test_llama_block.py \
   tests/test_errors_table.py tests/test_traps.py tests/test_sanitizer.py
 library = $(shell $${CXX:-c++} -print-file-name=$(1))
 SAY_PARTS := import json; \

@@ -174,6 +174,9 @@ PYBIND11_MODULE(FASTRLHF_MODULE, m) {
         throw py::value_error(message);
       },
       py::arg("name"), "Selects an instruction set for every op from now on, in all threads.");
+  m.def("borrow_threads", &borrow_threads, py::arg("wanted"),
+        "Whether ops run on torch's OpenMP threads where there are any, or on their own.");
+  m.def("borrows_threads", &borrows_threads, "Whether there are, and ops run on them.");
   m.def("pool_threads", &pool_threads, "Threads that the pool has started in this process.");
 #endif
 }

@@ -25,14 +25,43 @@ FASTRLHF_OP(decode_rope, "Queries turned in place; turned keys and values to a p
 FASTRLHF_OP(decode_gate, "out (N, I) = silu(gate) * up of gate_up (N, 2 I).",
             const void* gate_up, void* out, int64_t N, int64_t I, int dtype, int nthreads)
 
+// x (B, K), weight in panels (ceil(N / 64), K, 64), zeros past N: columns of the product side by
+// side, so that a panel is read from end to end; f32. bias (N) and residual (B, N), which may be out,
+// are added if given. A row's bits do not depend on how many rows there are.
+FASTRLHF_OP(decode_product, "out (B, N) = residual + bias + x (B, K) times a weight in panels.",
+            const float* x, const float* panels, const float* bias, const float* residual,
+            float* out, int64_t B, int64_t N, int64_t K, int nthreads)
+
+// All that a layer does after its attention, and the next one before its own, f32:
+//
+//   finish  x += seen Wo; x += (silu(gate) * up) Wdown, of gate, up = norm(x) Wgate_up
+//   start   qkv = norm(x) Wqkv, queries turned in place, keys and values to the cache as above;
+//           or, with no cache, logits = norm(x) Whead
+//
+// x (B, H), seen (B, HQ D); h (B, H), gate_up (B, 2 I), hidden (B, I) are for what lies between; the
+// result goes to `out` (B, N). finish and start hold addresses, 0 for what there is none of, and may
+// be null: finish {Wo, bias, norm, Wgate_up, bias, Wdown, bias}, start {norm, Wqkv or Whead, bias,
+// q_norm, k_norm, k_cache, v_cache}; matrices in panels.
+FASTRLHF_OP(decode_between, "A Llama-like model's step from one layer's attention to the next's.",
+            float* x, const float* seen, float* h, float* gate_up, float* hidden, float* out,
+            const int64_t* finish, const int64_t* start, const int64_t* positions,
+            const int64_t* slots, const float* cos, const float* sin, int64_t B, int64_t H,
+            int64_t I, int64_t N, int64_t HQ, int64_t HKV, int64_t D, int64_t n_positions,
+            int64_t pages, int64_t page_size, int64_t page_stride, int64_t slot_stride,
+            int64_t head_stride, double eps, int nthreads)
+
 #ifdef FASTRLHF_ISA
-#include "tiles.h"
+#include "product_tile.h"
 
 namespace fastrlhf::FASTRLHF_ISA {
 namespace {
 
 constexpr int64_t GRAIN_ELEMENTS = 65536;  // worth waking a thread for, some 20 us
 constexpr int64_t MAX_D = 256;
+constexpr int64_t GRAIN_NUMBERS = 32768;  // of a weight; worth waking a thread for, some 10 us
+constexpr int64_t K_BLOCK = 32;           // rows of a panel: few, to stay in the first-level cache
+constexpr int64_t ROWS = 48;              // that meet a block of a panel one after another
+
 
 // The types that a model's weights have on this path.
 template <class F>
@@ -87,6 +116,28 @@ FASTRLHF_INLINE void turn(const T* x, const T* weight, const float* cos, const f
   };
   half_of(0, half);
   half_of(half, 0);
+}
+
+// Columns of a panel, n of them there, for rows x. Summed in a tile of its own: rows of `out` may lie
+// a multiple of a page apart, and would drive each other from the cache.
+void panel_product(const float* x, const float* panel, const float* bias, const float* residual,
+                   float* out, int64_t rows, int64_t n, int64_t N, int64_t K) {
+  alignas(64) float sums[ROWS * PANEL];
+  __builtin_memset(sums, 0, static_cast<uint64_t>(rows * PANEL) * sizeof(float));
+  for (int64_t k = 0; k < K; k += K_BLOCK) {
+    const int64_t terms = min_of(K_BLOCK, K - k);
+    const float* block = panel + k * PANEL;
+    multiply_panel<true>({x + k, K, 1}, {block, PANEL, 1}, {sums, PANEL}, rows, terms,
+                         block + terms * PANEL, terms * PANEL / 16);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    each_vector<vf>(n, [&](int64_t j, int k) {
+      vf y = load_k(sums + r * PANEL + j, k);
+      if (bias != nullptr) y += load_k(bias + j, k);
+      if (residual != nullptr) y += load_k(residual + r * N + j, k);
+      store_k(out + r * N + j, y, k);
+    });
+  }
 }
 
 }  // namespace
@@ -165,6 +216,58 @@ FASTRLHF_KERNEL(decode_gate)(const void* gate_up, void* out, int64_t N, int64_t 
     });
     return nullptr;
   });
+}
+
+FASTRLHF_KERNEL(decode_product)(const float* x, const float* panels, const float* bias,
+                                const float* residual, float* out, int64_t B, int64_t N,
+                                int64_t K, int nthreads) {
+  const int64_t count = (N + PANEL - 1) / PANEL;
+  parallel_for(count, GRAIN_NUMBERS / (K * PANEL + 1) + 1, nthreads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t p = begin; p < end; ++p) {
+                   const int64_t at = p * PANEL, n = min_of(PANEL, N - at);
+                   for (int64_t b = 0; b < B; b += ROWS) {
+                     panel_product(x + b * K, panels + at * K,
+                                   bias == nullptr ? nullptr : bias + at,
+                                   residual == nullptr ? nullptr : residual + b * N + at,
+                                   out + b * N + at, min_of(ROWS, B - b), n, N, K);
+                   }
+                 }
+               });
+  return nullptr;
+}
+
+FASTRLHF_KERNEL(decode_between)(float* x, const float* seen, float* h, float* gate_up,
+                                float* hidden, float* out, const int64_t* finish,
+                                const int64_t* start, const int64_t* positions,
+                                const int64_t* slots, const float* cos, const float* sin,
+                                int64_t B, int64_t H, int64_t I, int64_t N, int64_t HQ,
+                                int64_t HKV, int64_t D, int64_t n_positions, int64_t pages,
+                                int64_t page_size, int64_t page_stride, int64_t slot_stride,
+                                int64_t head_stride, double eps, int nthreads) {
+  const auto at = [](int64_t address) { return reinterpret_cast<float*>(address); };
+  const auto norm = [&](int64_t weight) {
+    FASTRLHF_SYMBOL(decode_norm, FASTRLHF_ISA)(x, at(weight), h, B, H, eps, F32, nthreads);
+  };
+  const auto product = [&](const float* from, const int64_t* matrix, const float* residual,
+                           float* to, int64_t columns, int64_t terms) {
+    FASTRLHF_SYMBOL(decode_product, FASTRLHF_ISA)
+    (from, at(matrix[0]), at(matrix[1]), residual, to, B, columns, terms, nthreads);
+  };
+  if (finish != nullptr) {
+    product(seen, finish, x, x, H, HQ * D);
+    norm(finish[2]);
+    product(h, finish + 3, nullptr, gate_up, 2 * I, H);
+    FASTRLHF_SYMBOL(decode_gate, FASTRLHF_ISA)(gate_up, hidden, B, I, F32, nthreads);
+    product(hidden, finish + 5, x, x, H, I);
+  }
+  norm(start[0]);
+  product(h, start + 1, nullptr, out, N, H);
+  if (start[5] == 0) return nullptr;
+  return FASTRLHF_SYMBOL(decode_rope, FASTRLHF_ISA)(
+      out, positions, slots, cos, sin, at(start[3]), at(start[4]), at(start[5]), at(start[6]), B,
+      HQ, HKV, D, n_positions, pages, page_size, page_stride, slot_stride, head_stride, page_stride,
+      slot_stride, head_stride, eps, F32, nthreads);
 }
 
 }  // namespace fastrlhf::FASTRLHF_ISA

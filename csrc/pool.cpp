@@ -1,9 +1,11 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -125,6 +127,35 @@ Pool& pool() {
   return *std::launder(reinterpret_cast<Pool*>(storage));
 }
 
+// ---- torch's own threads
+
+// The entry of GCC's and LLVM's OpenMP runtimes for `#pragma omp parallel num_threads(n)`: f(data)
+// on every thread of a team of n or fewer, the caller among them.
+using Team = void (*)(void (*f)(void*), void* data, unsigned n, unsigned flags);
+
+std::atomic<bool> borrowing{true};
+// A child of fork has none of the runtime's threads, and the runtime would wait for them.
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { borrowing = false; });
+
+// Null where the process has loaded no such runtime for all to see, as torch does.
+Team team() {
+  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return borrowing.load(std::memory_order_relaxed) && at_fork == 0 ? found : nullptr;
+}
+
+struct Share {
+  const Job* job;
+  std::atomic<int64_t> taken{0};
+};
+
+void work_on_share(void* data) {
+  Share& share = *static_cast<Share*>(data);
+  for (int64_t chunk; (chunk = share.taken.fetch_add(1, std::memory_order_relaxed)) <
+                      share.job->chunks;) {
+    share.job->run(chunk);
+  }
+}
+
 }  // namespace
 
 void parallel_for_erased(int64_t n, int64_t grain, int nthreads, RangeFn fn, void* context) {
@@ -138,8 +169,17 @@ void parallel_for_erased(int64_t n, int64_t grain, int nthreads, RangeFn fn, voi
     return;
   }
   Job job{fn, context, n, std::min(pieces, threads * CHUNKS_PER_THREAD), threads - 1};
-  pool().run(job);
+  if (const Team run = team()) {
+    Share share{&job};
+    run(&work_on_share, &share, static_cast<unsigned>(std::min(nthreads, MAX_THREADS)), 0);
+  } else {
+    pool().run(job);
+  }
 }
+
+void borrow_threads(bool wanted) { borrowing = wanted; }
+
+bool borrows_threads() { return team() != nullptr; }
 
 int pool_threads() { return pool().threads(); }
 

@@ -1,14 +1,15 @@
-// One thread pool for all CPU ops.
+// Threads for all CPU ops: torch's, or else one pool.
 //
 // parallel_for(n, grain, nthreads, f) calls f(begin, end) over a partition of [0, n) that depends
 // on n, grain and nthreads alone, never on timing. Items must be independent: an op whose result
 // must not depend on the number of threads writes each item's result apart and reduces in order.
 //
 // * The caller works too. With one thread, or n <= grain, it works alone and wakes nobody.
-// * Threads sleep on a condition variable when there is no work; they never spin.
-// * A thread that wakes late finds its share already taken: nobody waits for a sleeper.
+// * Where the process has an OpenMP runtime, as torch brings one, its threads do the work: those of
+//   a product before spin for milliseconds, and would keep others from the processors.
+// * Elsewhere, and in a child of fork, where that runtime has no threads left, a pool's. They sleep
+//   on a condition variable when there is no work; one that wakes late finds its share taken.
 // * Calls may nest, and may come from several Python threads at once.
-// * A forked child starts with an empty pool and grows its own.
 // * `f` must not throw; the op files are written without exceptions.
 #pragma once
 
@@ -19,6 +20,9 @@ namespace fastrlhf {
 using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 
 void parallel_for_erased(int64_t n, int64_t grain, int nthreads, RangeFn fn, void* context);
+
+void borrow_threads(bool wanted);  // whether OpenMP's threads are used where there are any
+bool borrows_threads();            // whether they are
 
 int pool_threads();  // threads that the pool has started in this process
 

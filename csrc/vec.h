@@ -98,6 +98,12 @@ FASTRLHF_INLINE To bits_as(From x) {
 
 template <class V>
 FASTRLHF_INLINE V splat(elem_t<V> x) {
+  // V{} + x is an addition and a way between registers; the intrinsics read a number in memory.
+#if defined(__AVX512F__)
+  if constexpr (is_float<elem_t<V>>) return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  if constexpr (is_float<elem_t<V>>) return _mm256_set1_ps(x);
+#endif
   return V{} + x;
 }
 

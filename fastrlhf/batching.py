@@ -79,26 +79,28 @@ def cyclic_indices(n: int, count: int, step: int, seed: int) -> list[int]:
 
 
 def cut_by_length(
-    lengths: Sequence[int], max_tokens: int, device: torch.device | str
+    lengths: Sequence[int], max_tokens: int, device: torch.device | str, *, padded: bool = True
 ) -> list[list[int]]:
-    """Indices in groups of like length whose padded size (rows times longest) fits max_tokens.
+    """Indices in groups of like length whose size fits max_tokens.
 
-    Of all cuts the one of the fewest padded tokens, each group counting as GROUP_TOKENS more. A
-    sequence longer than max_tokens stands alone.
+    The size of a group is its rows times the longest of them, or the sum of its lengths if they are
+    not ``padded``. Of all cuts the one of the least sizes, each group counting as GROUP_TOKENS
+    more. A sequence longer than max_tokens stands alone.
     """
     overhead = GROUP_TOKENS.get(torch.device(device).type, GROUP_TOKENS["cuda"])
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     sizes = np.asarray([lengths[i] for i in order], np.int64)
+    before = np.concatenate([[0], sizes.cumsum()])
     n = len(order)
     # cost[j]: of the best cut of the first j sequences; begin[j]: where its last group begins.
     cost, begin = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
     for end in range(1, n + 1):
         most = max(1, max_tokens // max(int(sizes[end - 1]), 1))
         begins = np.arange(max(0, end - most), end)
-        padded = sizes[begins] * (end - begins)
-        fits = (padded <= max_tokens) | (begins == end - 1)
-        begins, padded = begins[fits], padded[fits]
-        costs = cost[begins] + padded + overhead
+        size = sizes[begins] * (end - begins) if padded else before[end] - before[begins]
+        fits = (size <= max_tokens) | (begins == end - 1)
+        begins, size = begins[fits], size[fits]
+        costs = cost[begins] + size + overhead
         best = int(costs.argmin())
         cost[end], begin[end] = costs[best], begins[best]
     groups: list[list[int]] = []
@@ -130,8 +132,17 @@ def collate(
 
 
 def micro_batches(
-    examples: Sequence[Example], max_tokens: int, pad_id: int, device: torch.device | str = "cpu"
+    examples: Sequence[Example],
+    max_tokens: int,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    *,
+    packed: bool = False,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(indices, input_ids, labels) of micro-batches of like length."""
-    for indices in cut_by_length([len(e.tokens) for e in examples], max_tokens, device):
+    """(indices, input_ids, labels) of micro-batches of like length.
+
+    packed: the model computes nothing for padding, which then counts for nothing.
+    """
+    lengths = [len(e.tokens) for e in examples]
+    for indices in cut_by_length(lengths, max_tokens, device, padded=not packed):
         yield indices, *collate([examples[i] for i in indices], pad_id, device)

@@ -266,11 +266,20 @@ def _packages() -> list[tuple[str, ...]]:
     return rows
 
 
+def _whose_threads() -> str:
+    """Whether C++ kernels share torch's threads, which is faster beside matrix products."""
+    if _native.cpu is None:
+        return ""
+    return (
+        ", torch's for our kernels too" if _native.cpu.borrows_threads() else ", our kernels' own"
+    )
+
+
 def _machine() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("processor", _processor()),
-        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors{_whose_threads()}"),
     ]
     for name, tool in (("C++ compiler", os.environ.get("CXX", "c++")), ("nvcc", "nvcc")):
         found = shutil.which(tool)

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from fastrlhf.batching import Example, cut_by_length, micro_batches, pad
-from fastrlhf.models import LanguageModel, ScalarModel
+from fastrlhf.models import LanguageModel, ScalarModel, runs_packed
 
 EVAL_TOKENS = 16384  # padded tokens of a batch without gradients
 
@@ -70,7 +70,8 @@ def example_losses(
     model.eval()
     device = next(model.parameters()).device
     sums = np.zeros(len(examples))
-    for indices, input_ids, labels in micro_batches(examples, EVAL_TOKENS, pad_id, device):
+    cut = micro_batches(examples, EVAL_TOKENS, pad_id, device, packed=runs_packed(model))
+    for indices, input_ids, labels in cut:
         sums[indices] = -model(input_ids, labels).double().sum(1).cpu().numpy()
     model.train(was_training)
     return sums, np.array([e.targets for e in examples], dtype=np.float64)
@@ -89,7 +90,8 @@ def reward_scores(model: ScalarModel, sequences: Sequence[Sequence[int]], pad_id
     model.eval()
     device = next(model.parameters()).device
     scores = torch.empty(len(sequences))
-    for indices in cut_by_length([len(s) for s in sequences], EVAL_TOKENS, device):
+    counts, padded = [len(s) for s in sequences], not runs_packed(model)
+    for indices in cut_by_length(counts, EVAL_TOKENS, device, padded=padded):
         input_ids, lengths = pad([sequences[i] for i in indices], pad_id)
         scores[indices] = model(input_ids.to(device), (lengths - 1).to(device)).cpu()
     model.train(was_training)

@@ -32,8 +32,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from fastrlhf import llama
 from fastrlhf.config import require
 from fastrlhf.errors import UserError
+from fastrlhf.llama import ResidualDropout
 from fastrlhf_kernels import linear_cross_entropy, linear_logprobs
 
 hf_logging.disable_progress_bar()  # one bar a stage, not one more for each file of weights
@@ -128,9 +130,12 @@ class LanguageModel(nn.Module):
         distributions. A label in column 0 has no context and is ignored. Padding on the right needs
         no attention mask, since attention is causal and no padded position is labelled.
         """
-        hidden = self.hidden_states(input_ids, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         valid = targets != IGNORE
+        # Hidden states are wanted up to each row's last valid place, and none of padding.
+        places = torch.arange(labels.shape[1], device=labels.device)
+        lengths = (F.pad(valid, (1, 0)) * places).amax(1)
+        hidden = _hidden_states(self.model, input_ids, lengths, valid)
         head = self.head
         shared: dict[str, Any] = {
             "bias": head.bias,
@@ -139,9 +144,9 @@ class LanguageModel(nn.Module):
         }
         if loss_normalizer is not None:
             return linear_cross_entropy(
-                hidden[valid], head.weight, targets[valid], normalizer=loss_normalizer, **shared
+                hidden, head.weight, targets[valid], normalizer=loss_normalizer, **shared
             )
-        inputs = (hidden[valid], head.weight, targets[valid])
+        inputs = (hidden, head.weight, targets[valid])
         if return_entropy:
             logprobs, entropy = linear_logprobs(
                 *inputs, temperature=temperature, return_entropy=True, **shared
@@ -152,6 +157,23 @@ class LanguageModel(nn.Module):
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face directory (config, safetensors, tokenizer)."""
         save_pretrained(self.model, path, tokenizer)
+
+
+def _hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, lengths: Tensor, wanted: Tensor
+) -> Tensor:
+    """Hidden states (N, H) of the wanted tokens, row after row.
+
+    input_ids (B, T); lengths (B,): how many tokens of each row matter, the wanted ones among them;
+    wanted (B, up to T) bool. Where the model runs packed, nothing else is computed.
+    """
+    if llama.runs_packed(model, input_ids.shape[1]):
+        inside = torch.arange(wanted.shape[1], device=lengths.device) < lengths[:, None]
+        packed = llama.hidden_states(model, input_ids[:, : wanted.shape[1]][inside], lengths)
+        return packed[wanted[inside]]
+    out = model.base_model(input_ids=input_ids, use_cache=False)
+    hidden: Tensor = out.last_hidden_state[:, : wanted.shape[1]]
+    return hidden[wanted]
 
 
 def _place(values: Tensor, valid: Tensor) -> Tensor:
@@ -180,22 +202,44 @@ class ScalarModel(nn.Module):
         """Longest sequence in tokens that the model was made for."""
         return context_of(self.model)
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Scalars fp32: (B, T) at every token, or (B,) at one position of each row.
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T) int64, padded on the right
+        positions: Tensor | None = None,  # (B,) int64
+        *,
+        lengths: Tensor | None = None,  # (B,) int64
+    ) -> Tensor:
+        """Scalars fp32: (B,) at one position of each row, or else (B, T) at every token.
 
-        input_ids (B, T) int64 padded on the right; positions (B,) int64.
+        With ``lengths`` the entries past a row's length are 0 and cost nothing.
         """
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        B, T = input_ids.shape
+        column = torch.arange(T, device=input_ids.device)
         if positions is not None:
-            hidden = hidden[torch.arange(len(positions), device=hidden.device), positions]
+            lengths, wanted = positions + 1, column == positions[:, None]
+        elif lengths is not None:
+            wanted = column < lengths[:, None]
+        else:
+            lengths, wanted = torch.full_like(input_ids[:, 0], T), torch.ones_like(input_ids) > 0
+        hidden = _hidden_states(self.model, input_ids, lengths, wanted)
         head = self.head
         # Scores in bf16 would have two digits: the head is computed in fp32 under autocast too.
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+            found = F.linear(hidden.float(), head.weight.float(), head.bias.float()).squeeze(-1)
+        if positions is not None:
+            return found
+        return found.new_zeros(B, T).masked_scatter(wanted, found)
 
     def save(self, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face directory (config, safetensors, tokenizer)."""
         save_pretrained(self.model, path, tokenizer)
+
+
+def runs_packed(model: nn.Module) -> bool:
+    """Whether a LanguageModel or ScalarModel, wrapped or not, computes nothing for padding."""
+    wrapped: Any = getattr(model, "module", model)
+    bare: PreTrainedModel = wrapped.model
+    return llama.runs_packed(bare, context_of(bare))
 
 
 # --- making, loading, saving --------------------------------------------------------------------
@@ -297,25 +341,12 @@ def set_residual_dropout(model: PreTrainedModel, p: float) -> None:
             module.p = p if on_residual else 0.0
             found += on_residual
         elif leaf in ("o_proj", "down_proj") and p > 0.0:
-            module.register_forward_hook(_dropout_hook(p))
+            module.register_forward_hook(ResidualDropout(p))
             found += 1
     if p > 0.0 and not found:
         raise UserError(
             f"field 'residual_dropout': {type(model).__name__} has no known residual outputs; use 0"
         )
-
-
-def _dropout_hook(p: float) -> Any:
-    def hook(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return F.dropout(output, p, training=module.training)
-
-    return hook
-
-
-def is_residual_dropout(hook: Any) -> bool:
-    """Whether a forward hook is one of `set_residual_dropout`, idle in evaluation mode."""
-    code = getattr(hook, "__code__", None)
-    return code is not None and code is _dropout_hook(0.0).__code__
 
 
 def context_of(model: PreTrainedModel) -> int:

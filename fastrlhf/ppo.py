@@ -28,7 +28,7 @@ from fastrlhf.config import require, resolve
 from fastrlhf.encoding import Recipe, decode, decode_prompt, document_examples, prompt_ids
 from fastrlhf.errors import UserError
 from fastrlhf.generation import Engine
-from fastrlhf.models import EMA, load_language_model, load_scalar_model
+from fastrlhf.models import EMA, load_language_model, load_scalar_model, runs_packed
 from fastrlhf.records import read_documents, read_prompts
 from fastrlhf.rollout import Actors, Rollout, RolloutSettings, collect, response_slots
 from fastrlhf.runlog import keep_lines, progress
@@ -271,14 +271,20 @@ def _update_policy(
 
     losses: list[Callable[[], Tensor]] = [
         partial(ppo_part, *micro)
-        for micro in micro_batches(episodes, config.max_tokens, actors.pad_id, s.device)
+        for micro in micro_batches(
+            episodes, config.max_tokens, actors.pad_id, s.device, packed=runs_packed(actors.policy)
+        )
     ]
     if config.ptx_coef:
         ptx_normalizer = s.local_normalizer(s.total(sum(e.targets for e in texts)))
         losses += [
             partial(ptx_part, input_ids, labels, ptx_normalizer)
             for _, input_ids, labels in micro_batches(
-                texts, config.max_tokens, actors.pad_id, s.device
+                texts,
+                config.max_tokens,
+                actors.pad_id,
+                s.device,
+                packed=runs_packed(actors.policy),
             )
         ]
     actors.policy.train()
@@ -329,7 +335,9 @@ def _update_value(
 
     losses: list[Callable[[], Tensor]] = [
         partial(part_loss, *micro)
-        for micro in micro_batches(episodes, config.max_tokens, actors.pad_id, s.device)
+        for micro in micro_batches(
+            episodes, config.max_tokens, actors.pad_id, s.device, packed=runs_packed(actors.value)
+        )
     ]
     actors.value.train()
     loss = accumulate(s, actors.value, losses)

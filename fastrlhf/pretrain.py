@@ -17,7 +17,7 @@ from fastrlhf.batching import batch_indices, micro_batches
 from fastrlhf.config import require, resolve
 from fastrlhf.encoding import document_examples
 from fastrlhf.metrics import mean_loss
-from fastrlhf.models import ModelShape, new_language_model, parameter_count
+from fastrlhf.models import ModelShape, new_language_model, parameter_count, runs_packed
 from fastrlhf.records import read_documents
 from fastrlhf.runlog import progress
 from fastrlhf.tokenizers import load_tokenizer
@@ -70,7 +70,7 @@ def run(config: PretrainConfig) -> Path:
         model = new_language_model(config.model, tokenizer)
         model, optimizer = s.prepare(model, make_optimizer(model, config.optim))
         lengths = [len(e.tokens) for e in examples]
-        pad_id = tokenizer.pad_token_id
+        pad_id, packed = tokenizer.pad_token_id, runs_packed(model)
         first = s.restore()
         per_epoch = max(1, len(examples) // config.batch_size)
         title = f"pretrain {parameter_count(model) / 1e6:.2f}M"
@@ -86,7 +86,7 @@ def run(config: PretrainConfig) -> Path:
                 losses = [
                     partial(model, input_ids, labels, loss_normalizer=normalizer)
                     for _, input_ids, labels in micro_batches(
-                        s.share(batch), config.max_tokens, pad_id, s.device
+                        s.share(batch), config.max_tokens, pad_id, s.device, packed=packed
                     )
                 ]
                 model.train()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastrlhf.batching import Example, micro_batches
 from fastrlhf.generation import Engine, Generated, generate
 from fastrlhf.metrics import reward_scores
-from fastrlhf.models import LanguageModel, ScalarModel
+from fastrlhf.models import LanguageModel, ScalarModel, runs_packed
 from fastrlhf.training import Session
 from fastrlhf_kernels import gae, kl_penalty, shape_rewards, whiten
 
@@ -163,7 +163,8 @@ def token_values(
     model.eval()
     device = next(model.parameters()).device
     out = torch.zeros((len(episodes), slots), device=device)
-    for indices, input_ids, labels in micro_batches(episodes, settings.max_tokens, pad_id, device):
+    cut = micro_batches(episodes, settings.max_tokens, pad_id, device, packed=runs_packed(model))
+    for indices, input_ids, labels in cut:
         part = [episodes[i] for i in indices]
         out[indices] = response_slots(model, part, input_ids, labels, slots, settings.temperature)
     return out
@@ -184,13 +185,13 @@ def response_slots(
     """
     device = input_ids.device
     starts = torch.tensor([e.start for e in episodes], device=device)
+    lengths = torch.tensor([e.targets for e in episodes], device=device)
     if _is_scalar(model):
-        placed = model(input_ids)
         starts = starts - 1
+        placed = model(input_ids, lengths=starts + lengths)
     else:
         placed = model(input_ids, labels, temperature=temperature)
     column = torch.arange(slots, device=device)
-    lengths = torch.tensor([e.targets for e in episodes], device=device)
     index = (starts[:, None] + column).clamp(max=placed.shape[1] - 1)
     return torch.where(column < lengths[:, None], placed.gather(1, index), 0.0)
 

@@ -25,7 +25,13 @@ from fastrlhf.encoding import Recipe, demonstration_examples, document_examples
 from fastrlhf.errors import UserError
 from fastrlhf.generation import generate
 from fastrlhf.metrics import mean_loss, reward_scores
-from fastrlhf.models import LanguageModel, ScalarModel, load_language_model, load_scalar_model
+from fastrlhf.models import (
+    LanguageModel,
+    ScalarModel,
+    load_language_model,
+    load_scalar_model,
+    runs_packed,
+)
 from fastrlhf.records import read_demonstrations, read_documents
 from fastrlhf.runlog import progress
 from fastrlhf.tokenizers import load_tokenizer
@@ -107,7 +113,7 @@ def run(config: SFTConfig) -> Path:
         per_epoch = len(batch_indices([1] * len(train), config.batch_size, 0, 0))
         total = per_epoch * config.epochs
         extra = round(config.batch_size * config.pretrain_mix / (1.0 - config.pretrain_mix))
-        pad_id = tokenizer.pad_token_id
+        pad_id, packed = tokenizer.pad_token_id, runs_packed(model)
         first = s.restore()
         with progress("sft", total, start=first, enabled=s.is_main) as bar:
             for step in range(first, total):
@@ -124,7 +130,7 @@ def run(config: SFTConfig) -> Path:
                 losses = [
                     partial(model, input_ids, labels, loss_normalizer=normalizer)
                     for _, input_ids, labels in micro_batches(
-                        s.share(batch), config.max_tokens, pad_id, s.device
+                        s.share(batch), config.max_tokens, pad_id, s.device, packed=packed
                     )
                 ]
                 model.train()

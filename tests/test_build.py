@@ -25,6 +25,7 @@ from fastrlhf_kernels.gae import gae_ref
 ROOT = Path(__file__).resolve().parents[1]
 ISAS: tuple[str, ...] = _native.cpu.isas() if _native.cpu is not None else ("not built",)
 
+OPENMP = _native.cpu is not None and _native.cpu.borrows_threads()
 needs_cpu = pytest.mark.skipif(
     _native.cpu is None, reason=f"the C++ part is not built: {_native.cpu_missing}"
 )
@@ -246,27 +247,55 @@ def test_pool_serves_several_python_threads() -> None:
 
 
 @needs_cpu
-def test_pool_survives_a_fork() -> None:
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_pool_survives_a_fork(borrowed: bool) -> None:
     """In a process of its own: forking beside pytest's and torch's threads proves less."""
-    script = """
+    script = f"""
 import os, torch
 from fastrlhf_kernels import _native
+_native.cpu.borrow_threads({borrowed})
+own = 0 if {borrowed} and {OPENMP} else 3
+torch.set_num_threads(4)
 def right():
+    torch.mm(torch.ones(300, 300), torch.ones(300, 300))  # starts torch's own threads
+    return threads_are_right()
+def threads_are_right():
     y = torch.zeros(1000, dtype=torch.int64)
     _native.cpu.test_parallel(y.data_ptr(), 1000, 10, 4)
     return torch.equal(y, torch.arange(1, 1001))
-assert right() and _native.cpu.pool_threads() == 3, _native.cpu.pool_threads()
+assert right() and _native.cpu.pool_threads() == own, _native.cpu.pool_threads()
 child = os.fork()
 if child == 0:
     started_empty = _native.cpu.pool_threads() == 0
-    grandchild = os.fork() if right() else 0
+    grandchild = os.fork() if threads_are_right() else 0
     if grandchild == 0:
-        os._exit(0 if right() else 1)
+        os._exit(0 if threads_are_right() and _native.cpu.pool_threads() == 3 else 1)
     os._exit(0 if started_empty and os.waitpid(grandchild, 0)[1] == 0 else 1)
 assert os.waitpid(child, 0)[1] == 0, "the child failed"
 assert right(), "the parent failed after the fork"
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@needs_cpu
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_threads_of_either_kind_give_the_same_bits(borrowed: bool) -> None:
+    rewards, values = torch.randn(2, 300, 90, generator=torch.Generator().manual_seed(4))
+    mask = torch.ones(300, 90, dtype=torch.bool)
+    alone = run_gae(_native.cpu, rewards, values, mask, None, 0)
+    try:
+        _native.cpu.borrow_threads(borrowed)
+        assert parallel_is_right(997, 3, 4)
+        many = run_gae(_native.cpu, rewards, values, mask, None, 0, 4)
+    finally:
+        _native.cpu.borrow_threads(True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, many, strict=True))
+
+
+@needs_cpu
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP runtime is another there")
+def test_torchs_threads_are_found() -> None:
+    assert OPENMP
 
 
 # ---- the bindings and the choice of instruction set

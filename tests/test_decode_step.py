@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from fastrlhf_kernels import _native, _triton
 from fastrlhf_kernels._decode_step import (
     NATIVE_DTYPES,
+    Between,
+    Layer,
+    Panels,
     gate_native,
     gate_ref,
     norm_native,
@@ -231,3 +234,90 @@ def test_slots_and_positions_out_of_range_are_refused_before_anything_is_written
             assert_same_bits(x, y)
     with pytest.raises(ValueError, match="D must be even"):
         rope_append_native(*rope_case(1, 1, 1, 7, torch.float32, normed=False, seed=0))
+
+
+# ---- products of few rows, and the step by layers
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    B=st.integers(0, 60),
+    N=st.sampled_from([1, 15, 63, 64, 65, 200]),
+    K=st.sampled_from([1, 7, 31, 32, 33, 100, 1000]),
+    extra=st.sampled_from(["", "bias", "residual", "both"]),
+    seed=st.integers(0, 99),
+)
+def test_products_of_few_rows(isa: str, B: int, N: int, K: int, extra: str, seed: int) -> None:
+    x, weight = randn(B, K, seed=seed), randn(N, K, seed=seed + 1)
+    bias = randn(N, seed=seed + 2) if extra in ("bias", "both") else None
+    residual = randn(B, N, seed=seed + 3) if extra in ("residual", "both") else None
+    with instruction_set(isa.removeprefix("cpu-")):
+        panels = Panels(weight, bias)
+        found = panels(x, None if residual is None else residual.clone())
+        if B:
+            last = None if residual is None else residual[-1:].clone()
+            assert_same_bits(panels(x[-1:].contiguous(), last)[0], found[-1])
+    added = (0.0 if bias is None else bias) + (torch.zeros(B, N) if residual is None else residual)
+    wanted = x.double() @ weight.double().T + added
+    terms = x.abs().double() @ weight.abs().double().T
+    # One sum after another: of K terms each may be rounded K times.
+    assert_accurate(found, x @ weight.T + added, wanted, terms=terms * max(1.0, K**0.5 / 4))
+
+
+def layers_case(*, normed: bool, bias: bool, seed: int) -> dict[str, Any]:
+    """Two layers of width 24, 4 heads on 2 of size 8, 40 hidden units, and 70 words."""
+    H, D, n_q, n_kv, I, V = 24, 8, 4, 2, 40, 70
+    draw = iter(range(seed, seed + 100))
+
+    def weight(*size: int) -> Tensor:
+        return randn(*size, seed=next(draw)) * size[-1] ** -0.5
+
+    def panels(rows: int, columns: int, *, biased: bool = False) -> Panels:
+        return Panels(weight(rows, columns), weight(rows) if biased else None)
+
+    layers = [
+        Layer(
+            1.0 + weight(H), panels((n_q + 2 * n_kv) * D, H, biased=bias),
+            (1.0 + weight(D), 1.0 + weight(D)) if normed else None,
+            panels(H, n_q * D), 1.0 + weight(H), panels(2 * I, H), panels(H, I, biased=bias),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    return {"layers": layers, "norm": 1.0 + weight(H), "head": panels(V, H), "n_kv": n_kv, "D": D}
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_step_by_layers_is_its_parts(isa: str, normed: bool, bias: bool) -> None:
+    case = layers_case(normed=normed, bias=bias, seed=7)
+    layers, norm, head, D = (case[k] for k in ("layers", "norm", "head", "D"))
+    rope = tuple(randn(2, 50, D, seed=1))
+    positions, slots = torch.tensor([3, 49, 0]), torch.tensor([2, -1, 11])
+    caches = [randn(2, 4, 3, 2, D, seed=9), randn(2, 4, 3, 2, D, seed=9)]  # layers, pages, ...
+    x = [randn(3, 24, seed=4), randn(3, 24, seed=4)]
+    with instruction_set(isa.removeprefix("cpu-")):
+        between = Between(layers, norm, head, rope, case["n_kv"], EPS)
+        keys, values = list(caches[0]), list(caches[0] + 1.0)
+        between.into(keys, values)
+        keys_too, values_too = list(caches[1]), list(caches[1] + 1.0)
+        seen = None
+        for i, layer in enumerate(layers):
+            found = between(i, x[0], seen, positions, slots)
+            qkv = layer.qkv(norm_native(x[1], layer.first_norm, EPS)).view(3, -1, D)
+            q = rope_append_native(qkv, positions, slots, *rope, layer.head_norms,
+                                   keys_too[i], values_too[i], EPS)  # fmt: skip
+            assert_same_bits(found.view(3, -1, D)[:, :4], q)
+            assert_same_bits(keys[i], keys_too[i])
+            assert_same_bits(values[i], values_too[i])
+            seen = randn(3, 4, D, seed=20 + i)
+            layer.out(seen.view(3, -1), x[1])
+            h = layer.gate_up(norm_native(x[1], layer.second_norm, EPS))
+            layer.down(gate_native(h), x[1])
+        found = between(2, x[0], seen, positions, slots)
+        assert_same_bits(x[0], x[1])
+        assert_same_bits(found, head(norm_native(x[1], norm, EPS)))
+        with pytest.raises(ValueError, match="positions must be in the tables"):
+            between(0, x[0], None, positions + 1, slots)

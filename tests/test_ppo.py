@@ -267,7 +267,7 @@ def test_the_reward_is_learned_and_a_huge_beta_forbids_it(
     data: Path, start: Path, judge: Path, tmp_path: Path
 ) -> None:
     optim = OptimizerConfig(lr=0.01, eps=1e-5, schedule="constant")
-    common: dict[str, Any] = {"iterations": 14, "batch_size": 48, "minibatch_size": 12}
+    common: dict[str, Any] = {"iterations": 30, "batch_size": 48, "minibatch_size": 12}
     common |= {"optim": optim, "value_optim": optim, "max_response": 5}
     last = {}
     for beta in (0.0, 20.0):
@@ -277,7 +277,8 @@ def test_the_reward_is_learned_and_a_huge_beta_forbids_it(
         spread = abs(lines[0]["score"]) + 0.1
         gain = (sum(x["score"] for x in lines[-3:]) - sum(x["score"] for x in lines[:3])) / 3
         last[beta] = (gain / spread, sum(x["kl"] for x in lines[-3:]) / 3)
-    assert last[0.0][0] > 1.0
+    # Of seeds 0 to 4 the gain was 2.8 to 13.7; after 14 iterations it was 0.2 to 3.8.
+    assert last[0.0][0] > 2.0
     assert last[0.0][1] > 1.0
     assert abs(last[20.0][1]) < 0.1 * last[0.0][1]
 

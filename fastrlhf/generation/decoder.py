@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrlhf import llama
 from fastrlhf.batching import cut_by_length, pad
 from fastrlhf.generation.attention import (
     Batch,
@@ -21,6 +22,7 @@ from fastrlhf.generation.attention import (
 )
 from fastrlhf.generation.pages import PAGE_SIZE, CacheShape, PagedCache, pages_for
 from fastrlhf.models import LanguageModel
+from fastrlhf_kernels._decode_step import rope_append_native
 
 # Prompt tokens that go through the model at once, padding counted: enough for matrix products to
 # run at full speed, and hidden states of a few MB.
@@ -59,10 +61,14 @@ class Decoder:
         """Compute prompts, their keys and values to the pages of their tables; logits (N, V)."""
         logits: list[Tensor] = []
         order: list[int] = []
-        for indices in cut_by_length([len(p) for p in prompts], PREFILL_TOKENS, self.device):
+        lengths = [len(p) for p in prompts]
+        compute = self._prefill_packed if self.packed else self._prefill_padded
+        blocks = llama.runs_packed(self.model.model, max(lengths))
+        if blocks:
+            compute = self._prefill_blocks
+        for indices in cut_by_length(lengths, PREFILL_TOKENS, self.device, padded=not blocks):
             part = [prompts[i] for i in indices]
             pages = [tables[i] for i in indices]
-            compute = self._prefill_packed if self.packed else self._prefill_padded
             logits.append(self.model.logits(compute(cache, part, pages)))
             order += indices
         place_of = torch.tensor(order, device=self.device).argsort()
@@ -90,20 +96,33 @@ class Decoder:
         hidden = self._hidden(ids, positions, batch)
         return hidden[torch.arange(len(ids), device=self.device), lengths - 1]
 
+    def _prefill_blocks(
+        self, cache: PagedCache, prompts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The same, prompts end to end, by the blocks that Llama-like models are trained with."""
+        lengths = torch.tensor([len(p) for p in prompts])
+        positions, slots = _slots(prompts, tables)
+
+        def keep(layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+            rope_append_native(
+                qkv, positions, slots, cos, sin, None, cache.keys[layer], cache.values[layer], 0.0
+            )
+
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        hidden = llama.hidden_states(self.model.model, ids, lengths, keep)
+        return hidden[lengths.cumsum(0) - 1]
+
     def _prefill_packed(
         self, cache: PagedCache, prompts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]
     ) -> Tensor:
         """The same, prompts end to end in one row."""
         lengths = torch.tensor([len(p) for p in prompts])
         ends = lengths.cumsum(0)
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
-        table = torch.tensor(
-            [page for p, pages in zip(prompts, tables, strict=True) for page in _page_of(p, pages)]
-        )
+        positions, slots = _slots(prompts, tables)
         ids = torch.tensor([token for prompt in prompts for token in prompt])
         batch = Batch(
             cache=cache,
-            slots=(table * PAGE_SIZE + positions % PAGE_SIZE).to(self.device),
+            slots=slots.to(self.device),
             block_tables=torch.empty((0, 0), dtype=torch.int32, device=self.device),
             seq_lens=lengths.to(self.device, torch.int32),
             cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(self.device, torch.int32),
@@ -156,7 +175,15 @@ class Decoder:
             )
 
 
-def _page_of(prompt: Sequence[int], pages: Sequence[int]) -> list[int]:
-    """The page of each token."""
-    assert len(pages) >= pages_for(len(prompt))
-    return [pages[i // PAGE_SIZE] for i in range(len(prompt))]
+def _slots(
+    prompts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """Position and slot of each token of prompts end to end, both (N,) int64 on the CPU."""
+    found = []
+    for prompt, pages in zip(prompts, tables, strict=True):
+        assert len(pages) >= pages_for(len(prompt))
+        positions = torch.arange(len(prompt))
+        table = torch.tensor(pages)[positions // PAGE_SIZE]
+        found.append(torch.stack([positions, table * PAGE_SIZE + positions % PAGE_SIZE]))
+    positions, slots = torch.cat(found, 1)
+    return positions, slots

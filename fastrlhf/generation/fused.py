@@ -19,20 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastrlhf.generation.attention import Batch, CacheOps
 from fastrlhf.generation.products import Product, packs
-from fastrlhf.models import LanguageModel, is_residual_dropout
+from fastrlhf.llama import is_llama_like, is_plain, rope_tables, window_of
+from fastrlhf.models import LanguageModel
 from fastrlhf_kernels import _decode_step as parts
 from fastrlhf_kernels import _decode_step_triton as triton_parts
-
-LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Rotary positions that are a function of the position alone.
-FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Step(Protocol):
@@ -49,30 +45,19 @@ def fused_step(model: LanguageModel, *, rows: int, context: int, pack: bool) -> 
     rows: sequences a step; context: positions that it may see; pack: copy weights to the layout in
     which products are fastest, where there is one.
     """
-    name = type(model.model).__name__
-    kinds: dict[str, tuple[type, type]] = dict.fromkeys(LLAMA_LIKE, (LlamaStep, nn.Linear))
-    kinds["GPT2LMHeadModel"] = (GPT2Step, Conv1D)
-    if name not in kinds or not _is_plain(model.model, *kinds[name][1:]):
+    plain: Any = model.model
+    step: type[GPT2Step | LlamaStep]
+    product: type[nn.Module]
+    if type(plain).__name__ == "GPT2LMHeadModel":
+        step, product = GPT2Step, Conv1D
+    elif is_llama_like(plain):
+        step, product = LlamaStep, nn.Linear
+    else:
         return None
-    if name in LLAMA_LIKE:
-        rope = model.model.config.rope_parameters
-        if rope["rope_type"] not in FIXED_ROPE:
-            return None
+    if not is_plain(plain, product):
+        return None
     pack = pack and packs(model.head.weight)
-    return kinds[name][0](model, rows=rows, context=context, pack=pack)
-
-
-def _is_plain(model: nn.Module, product: type) -> bool:
-    """Transformers' own modules, none replaced (adapters) or hooked, but by residual dropout."""
-    for module in model.modules():
-        kind = type(module)
-        if not kind.__module__.startswith(("transformers.", "torch.nn.")):
-            return False
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if not all(is_residual_dropout(hook) for hook in hooks):
-            return False
-    return all(type(m) in (product, nn.Linear) for m in model.modules() if hasattr(m, "weight")
-               and m.weight.ndim == 2 and not isinstance(m, nn.Embedding))  # fmt: skip
+    return step(model, rows=rows, context=context, pack=pack)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,14 +89,7 @@ class LlamaStep:
         first = layers[0].self_attn
         self.head_dim = int(first.head_dim)
         self.scale = float(first.scaling)
-        window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
-        device = model.head.weight.device
-        positions = torch.arange(context, device=device)[None]
-        blank = torch.empty(0, dtype=torch.float32, device=device)
-        cos, sin = (table[0] for table in core.rotary_emb(blank, positions))
-        half = cos.shape[-1] // 2
-        # rope(x) = x * cos + (second half, first half) * (-sin, sin)
-        self.cos, self.sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
+        self.cos, self.sin = rope_tables(core, context)
 
         def product(*modules: nn.Module) -> Product:
             return Product(modules, packed=pack, rows=rows)
@@ -125,7 +103,7 @@ class LlamaStep:
                     if hasattr(layer.self_attn, "q_norm")
                     else None
                 ),
-                window=getattr(layer.self_attn, "sliding_window", window),
+                window=window_of(core, layer),
                 out=product(layer.self_attn.o_proj),
                 second_norm=layer.post_attention_layernorm.weight,
                 gate_up=product(layer.mlp.gate_proj, layer.mlp.up_proj),
@@ -146,11 +124,32 @@ class LlamaStep:
             self.norm, self.rope_append = triton_parts.norm_triton, triton_parts.rope_append_triton
             gate = triton_parts.gate_triton
         self.own_gate = gate if config.hidden_act in ("silu", "swish") else None
+        self.between = self._between() if native and self.own_gate is not None else None
+
+    def _between(self) -> parts.Between | None:
+        """The parts between attentions in one call each, where all weights are in panels."""
+        layers = []
+        for x in self.layers:
+            qkv, out, gate_up, down = (p.panels for p in (x.qkv, x.out, x.gate_up, x.down))
+            if qkv is None or out is None or gate_up is None or down is None:
+                return None
+            layers.append(
+                parts.Layer(x.first_norm, qkv, x.head_norms, out, x.second_norm, gate_up, down)
+            )
+        if self.head.panels is None:
+            return None
+        kv_heads = int(self.core.config.num_key_value_heads)
+        rope = self.cos, self.sin
+        return parts.Between(
+            layers, self.core.norm.weight, self.head.panels, rope, kv_heads, self.eps
+        )
 
     def __call__(self, tokens: Tensor, positions: Tensor, batch: Batch) -> Tensor:
         """Logits (B, V)."""
         B, D, eps, cache = len(tokens), self.head_dim, self.eps, batch.cache
         x = F.embedding(tokens, self.core.embed_tokens.weight).float()
+        if self.between is not None:
+            return self._by_layers(self.between, x, positions, batch)
         h = self.norm(x, self.layers[0].first_norm, eps)
         next_norms = [layer.first_norm for layer in self.layers[1:]] + [self.core.norm.weight]
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
@@ -164,6 +163,19 @@ class LlamaStep:
             hidden = self.gate(layer.gate_up(h), layer)
             x, h = self.add_and_norm(x, layer.down, hidden, next_norm)
         return self.model.scaled(self.head(h))
+
+    def _by_layers(
+        self, between: parts.Between, x: Tensor, positions: Tensor, batch: Batch
+    ) -> Tensor:
+        """The step in two calls a layer."""
+        B, D = len(x), self.head_dim
+        between.into(batch.cache.keys, batch.cache.values)
+        found = between(0, x, None, positions, batch.slots)
+        for i, layer in enumerate(self.layers):
+            q = found.view(B, -1, D)[:, : -2 * between.kv_heads]
+            seen = self.cache.attend(q, batch, i, scale=self.scale, window=layer.window)
+            found = between(i + 1, x, seen, positions, batch.slots)
+        return self.model.scaled(found)
 
     def add_and_norm(
         self, x: Tensor, product: Product, inputs: Tensor, weight: Tensor
