@@ -10,9 +10,10 @@ model; 32 prompts, one pass over them in one optimiser step on both sides, no pr
 are answered by 64 tokens, and none ends. TRL samples to the full length and cuts afterwards; its
 time does not depend on the draws, and ours is that of what was drawn.
 
-The ceiling is the matrix products with weights that an iteration cannot avoid (ppo_cases.py says
-which); their number and their floating-point operations are printed. Memory is resident memory at
-its peak, above what the process held before it loaded the models and above the weights.
+The ceiling is the matrix products with weights that an iteration cannot avoid (bare_products.py
+says which), timed after each iteration; their number and their operations are printed. Memory is
+resident memory at its peak, above what the process held before it loaded the models and above the
+weights.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from typing import Any
 
 import beside
 import pytest
+from bare_products import needed, operations
 from common import DEVICE, Missing, Row
-from ppo_cases import needed, operations, seconds_of, write_case
+from ppo_cases import write_case
 
 EPISODES = 32
 TIMED, THEIRS = 4, 2  # iterations after the first, which warms up: ours, and TRL's slower ones
@@ -57,7 +59,7 @@ def test_ppo(keep: Any, case: str) -> None:
             Path(folder), prompts, new_tokens, iterations=1 + TIMED, ends=case == "geometric"
         )
         theirs = beside.trl_1_12("ppo", given | {"iterations": 1 + THEIRS})
-        found = beside.ours("ppo", given)
+        found = beside.ours("ppo", given | {"bare": True})
         rows = [
             rows_of(case, shape, found, "cpu"),
             rows_of(case, shape, theirs, "TRL 1.12"),
@@ -71,13 +73,13 @@ def test_ppo(keep: Any, case: str) -> None:
             timed = side["iterations"][1:]
             phases[name] = {k: statistics.median(i[k] for i in timed) for k in timed[0]}
     if not isinstance(found, Missing):
-        bare = [needed(lengths) for lengths in found["lengths"][1:]]
-        times = [{k: seconds_of(p) for k, p in each.items()} for each in bare]
+        times = found["bare"][1:]
         phases["bare products"] = {k: statistics.median(t[k] for t in times) for k in times[0]}
         sums = [sum(t.values()) for t in times]
         low, middle, high = statistics.quantiles(sums, n=4)
-        flops = statistics.median(sum(map(operations, each.values())) for each in bare)
-        counts = statistics.median(sum(p.total() for p in each.values()) for each in bare)
+        bare = [needed(lengths) for lengths in found["lengths"][1:]]
+        flops = statistics.median(map(operations, bare))
+        counts = statistics.median(sum(map(len, each.values())) for each in bare)
         rows.append(
             Row(
                 "PPO iteration", "bare products", "cpu", rows[0].shape, "float32",

@@ -3,9 +3,9 @@
     pytest bench/bench_ppo_scaling.py
 
 The trainer of bench_ppo.py, from 16 prompts of 32 tokens, 32 new tokens and 5 layers on; no
-response ends early. TFLOP/s counts the matrix products that cannot be avoided (ppo_cases.py): where
-the time grows as they do it stays the same. Memory is not told: all cases run in one process, which
-may still hold what earlier ones gave back.
+response ends early. TFLOP/s counts the matrix products that cannot be avoided (bare_products.py):
+where the time grows as they do it stays the same. Memory is not told: all cases run in one process,
+which may still hold what earlier ones gave back.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 import our_side
 import pytest
+from bare_products import needed, operations
 from common import DEVICE, Row
-from ppo_cases import needed, operations, write_case
+from ppo_cases import write_case
 
 # Prompts, new tokens, layers.
 SIZES = [
@@ -43,7 +44,7 @@ def test_scaling(keep: Any, prompts: int, new_tokens: int, layers: int) -> None:
         )
         found = our_side.train_ppo(case)
     times = [i["seconds"] for i in found["iterations"][1:]]
-    flops = sum(map(operations, needed([(32, new_tokens)] * prompts, layers).values()))
+    flops = operations(needed([(32, new_tokens)] * prompts, layers))
     row = Row(
         "PPO scaling",
         "cpu",

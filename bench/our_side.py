@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bare_products
 import ppo_iteration
 import resident
 from safetensors import safe_open
@@ -35,8 +36,12 @@ def weights_bytes(*folders: str) -> int:
 
 
 def train_ppo(case: dict[str, Any]) -> dict[str, Any]:
-    """Iterations of PPO: seconds of each and of its phases, and the lengths of its episodes."""
+    """Iterations of PPO: seconds of each and of its phases, and the lengths of its episodes.
+
+    With `bare` in the case, also the seconds of each iteration's bare products, timed right after.
+    """
     lengths: list[list[tuple[int, int]]] = []
+    bare: list[dict[str, float]] = []
     collect = ppo.collect
 
     def noting(*args: Any) -> Any:
@@ -47,7 +52,12 @@ def train_ppo(case: dict[str, Any]) -> dict[str, Any]:
     ppo.collect = noting
     weights = weights_bytes(*[case["model"]] * 2, *[case["reward_model"]] * 2)
     before = resident.resident()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, bare_products.Timer() as products:
+
+        def time_products() -> None:
+            if case.get("bare") and lengths:
+                bare.append(products(lengths[-1]))
+
         optim = {"lr": case["lr"], "schedule": "constant"}
         config = ppo.PPOConfig(
             out=Path(folder) / "run",
@@ -72,13 +82,15 @@ def train_ppo(case: dict[str, Any]) -> dict[str, Any]:
         )
         resident.reset_peak()
         try:
-            found = ppo_iteration.run_phases(config)
+            found = ppo_iteration.run_phases(config, time_products)
+            time_products()
         finally:
             ppo.collect = collect
     return found | {
         "weights_bytes": weights,
         "peak_bytes": resident.peak() - before - weights,
         "lengths": lengths,
+        "bare": bare,
     }
 
 

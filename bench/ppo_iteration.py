@@ -91,24 +91,35 @@ def write_run(
                 file.write(json.dumps({field: text, **user}) + "\n")
 
 
-def run_phases(config: ppo.PPOConfig) -> dict[str, Any]:
-    """Runs `fastrlhf ppo`; seconds of each iteration, and of its phases in it."""
+def run_phases(config: ppo.PPOConfig, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Runs `fastrlhf ppo`; seconds of each iteration, and of its phases in it.
+
+    between: called before each iteration, and not counted.
+    """
     calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    pauses: list[tuple[float, float]] = []
     whole = [getattr(module, name) for module, name in PHASES.values()]
     try:
         for (phase, (module, name)), call in zip(PHASES.items(), whole, strict=True):
             setattr(module, name, timed(call, calls[phase]))
+        collect, pause = ppo.collect, timed(between, pauses)
+
+        def after_a_pause(*args: Any) -> Any:
+            pause()
+            return collect(*args)
+
+        ppo.collect = after_a_pause
         began = time.perf_counter()
         ppo.run(config)
         seconds = time.perf_counter() - began
     finally:
         for (module, name), call in zip(PHASES.values(), whole, strict=True):
             setattr(module, name, call)
-    # An iteration is from the start of a collection to that of the next, and the last to its
-    # last update.
+    # An iteration is from the start of a collection to the pause before the next, and the last to
+    # its last update.
     starts = [start for start, _ in calls["collect"]]
     last, length = calls["update value"][-1]
-    ends = [*starts[1:], last + length]
+    ends = [*(start for start, _ in pauses[1:]), last + length]
     return {
         "the whole run": seconds,
         "iterations": [

@@ -120,7 +120,7 @@ def hidden_states(
 ) -> Tensor:
     """The decoder's output (N, H) fp32, after its last norm, for a model that `runs_packed`.
 
-    ids (N,): the tokens of sequences of these lengths (S,), end to end; an attention of 0 tokens
+    ids (N,): the tokens of sequences of these lengths (S,), end to end; a sequence of 0 tokens
     is allowed. keep: what is to be done with each layer's queries, keys and values.
     """
     core: Any = model.base_model

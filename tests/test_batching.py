@@ -26,17 +26,26 @@ from fastrlhf.models import IGNORE
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
 
-@given(lengths=LENGTHS, max_tokens=st.integers(1, 200), overhead=st.integers(0, 100))
+def size_of(lengths: list[int], padded: bool) -> int:
+    """What a group of these lengths counts as."""
+    return max(lengths) * len(lengths) if padded else sum(lengths)
+
+
+@given(
+    lengths=LENGTHS,
+    max_tokens=st.integers(1, 200),
+    overhead=st.integers(0, 100),
+    padded=st.booleans(),
+)
 def test_a_cut_by_length_covers_each_index_once_within_the_limit(
-    lengths: list[int], max_tokens: int, overhead: int
+    lengths: list[int], max_tokens: int, overhead: int, padded: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(GROUP_TOKENS, "cpu", overhead)
-        groups = cut_by_length(lengths, max_tokens, "cpu")
+        groups = cut_by_length(lengths, max_tokens, "cpu", padded=padded)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
-        longest = max(lengths[i] for i in group)
-        assert longest * len(group) <= max_tokens or len(group) == 1
+        assert size_of([lengths[i] for i in group], padded) <= max_tokens or len(group) == 1
     # Like lengths stand together: the groups' ranges of lengths do not overlap.
     sizes = [[lengths[i] for i in group] for group in groups]
     assert all(min(a) >= max(b) for a, b in pairwise(sizes))
@@ -46,14 +55,17 @@ def test_a_cut_by_length_covers_each_index_once_within_the_limit(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9),
     max_tokens=st.integers(1, 200),
     overhead=st.integers(0, 100),
+    padded=st.booleans(),
 )
-def test_no_other_cut_costs_less(lengths: list[int], max_tokens: int, overhead: int) -> None:
+def test_no_other_cut_costs_less(
+    lengths: list[int], max_tokens: int, overhead: int, padded: bool
+) -> None:
     def cost(groups: list[list[int]]) -> int:
-        return sum(max(group) * len(group) + overhead for group in groups)
+        return sum(size_of(group, padded) + overhead for group in groups)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(GROUP_TOKENS, "cpu", overhead)
-        found = cut_by_length(lengths, max_tokens, "cpu")
+        found = cut_by_length(lengths, max_tokens, "cpu", padded=padded)
     ordered = sorted(lengths, reverse=True)
     every = [
         [ordered[a:b] for a, b in pairwise((0, *inner, len(ordered)))]
@@ -63,7 +75,7 @@ def test_no_other_cut_costs_less(lengths: list[int], max_tokens: int, overhead: 
     allowed = [
         groups
         for groups in every
-        if all(len(group) == 1 or max(group) * len(group) <= max_tokens for group in groups)
+        if all(len(group) == 1 or size_of(group, padded) <= max_tokens for group in groups)
     ]
     assert cost([[lengths[i] for i in group] for group in found]) == min(map(cost, allowed))
 
@@ -148,11 +160,12 @@ def test_the_first_token_is_never_predicted() -> None:
     assert labels.tolist() == [[IGNORE, 6]]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("max_tokens", [1, 8, 1000])
-def test_micro_batches_hold_each_example_once(max_tokens: int) -> None:
+def test_micro_batches_hold_each_example_once(max_tokens: int, packed: bool) -> None:
     examples = [Example(tuple(range(1, n + 2))) for n in (3, 1, 7, 2)]
     seen = {}
-    for indices, input_ids, labels in micro_batches(examples, max_tokens, pad_id=0):
+    for indices, input_ids, labels in micro_batches(examples, max_tokens, pad_id=0, packed=packed):
         for row, index in enumerate(indices):
             n = len(examples[index].tokens)
             assert tuple(input_ids[row, :n].tolist()) == examples[index].tokens

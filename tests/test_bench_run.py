@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bare_products
 import common
 import peers
 import plots
@@ -20,6 +21,8 @@ import targets
 import torch
 from common import Missing, measure
 from test_bench_report import record, row
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -229,6 +232,32 @@ def test_plots(tmp_path: Path) -> None:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (folder / "a.json").write_text("{")
     assert plots.main(["--results", str(tmp_path)]) == 2
+
+
+def test_bare_products_are_those_of_a_model() -> None:
+    """transformers' Llama does the operations that one policy's update is said to need."""
+    prompt, response, layers = 5, 3, 2
+    needed = bare_products.needed([(prompt, response)], layers)
+    model = LlamaForCausalLM(LlamaConfig(**bare_products.CONFIG, num_hidden_layers=layers))
+    ids = torch.arange(prompt + response - 1)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(ids, logits_to_keep=response).logits.sum().backward()
+    done = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert bare_products.operations({"policy": needed["update policy"]}) == done
+    assert 3 * bare_products.operations({"once": needed["reference"]}) == done
+    # The first new token is drawn from the prompt's last hidden state, the last one is not read.
+    sampled = needed["sample"]
+    assert sum(p.rows for p in sampled if p.weight == "policy head") == response
+    assert sum(p.rows for p in sampled if p.weight == "policy 0 out") == prompt + response - 1
+
+
+def test_bare_products_are_timed_in_a_process_of_their_own() -> None:
+    with bare_products.Timer() as timer:
+        for lengths in [(5, 3), (2, 1)], [(4, 4)]:
+            seconds = timer(lengths)
+            assert seconds.keys() == bare_products.needed(lengths).keys()
+            assert all(s > 0 for s in seconds.values())
+    assert timer.process.returncode == 0
 
 
 @pytest.mark.parametrize("name", run.names())
