@@ -9,6 +9,7 @@ ceilings.png   how near each of our ops comes to the ceiling timed with it (bare
 others.png     the time of every other implementation over ours, on a logarithmic axis; left of 1 it
                is faster than ours
 memory.png     peak memory of a head, forward and backward, against the number of tokens
+iteration.png  seconds of an iteration of PPO by its parts: TRL's, ours, the products alone
 """
 
 from __future__ import annotations
@@ -45,6 +46,17 @@ STYLE = {
     "grid.alpha": 0.3,
 }
 HEIGHT = 0.17  # inches a line
+# Part of an iteration of PPO -> the phases, of any side, that it is made of.
+PARTS = {
+    "sampling": ("collect: sample", "sample"),
+    "log-probs, values, scores": (
+        "collect: log-probs, values", "collect: score",  # ours
+        "log-probs", "scalars",  # TRL's
+        "reference", "value", "reward",  # products
+    ),
+    "updates": ("update policy, with ptx", "update value", "update policy"),
+}  # fmt: skip
+COLOURS = dict(zip([*PARTS, "the rest"], ("#56B4E9", "#009E73", "#E69F00", GREY), strict=True))
 
 
 def figure(lines: int) -> tuple[Figure, Axes]:
@@ -133,6 +145,43 @@ def memory(rows: Sequence[dict], path: Path) -> bool:
     return True
 
 
+def iteration(benchmarks: Sequence[dict], path: Path) -> bool:
+    """Bars of seconds by part, of bench_ppo.py; False where it was not run."""
+    bars: list[tuple[str, dict[str, float]]] = []
+    for benchmark in benchmarks:
+        phases = benchmark["extra_info"].get("phases", {})
+        for name in ("TRL 1.12", "ours", "bare products"):
+            if name not in phases:
+                continue
+            seconds = phases[name]
+            parts = {part: sum(seconds.get(n, 0.0) for n in PARTS[part]) for part in PARTS}
+            # TRL's updates are not timed apart from what else it does.
+            left = seconds.get("seconds", sum(parts.values())) - sum(parts.values())
+            parts["updates" if not parts["updates"] else "the rest"] = left
+            case = benchmark["extra_info"]["rows"][0]["shape"].split(":")[0]
+            bars.append((f"{case}: {name}", parts))
+    if not bars:
+        return False
+    made = Figure(figsize=(9, 1.2 + 0.35 * len(bars)), layout="constrained")
+    FigureCanvasAgg(made)
+    axes = made.subplots()
+    begins = [0.0] * len(bars)
+    for part, colour in COLOURS.items():
+        widths = [parts.get(part, 0.0) for _, parts in bars]
+        axes.barh(range(len(bars)), widths, left=begins, color=colour, label=part)
+        begins = [begin + width for begin, width in zip(begins, widths, strict=True)]
+    for y, whole in enumerate(begins):
+        axes.text(whole, y, f" {whole:.2f} s", va="center")
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
+    axes.set_xlabel("seconds (TRL's updates with all that is not timed apart)")
+    axes.set_title("An iteration of PPO, 32 prompts, a Llama of 8.5M parameters, fp32")
+    axes.legend(loc="best")
+    made.savefig(path, dpi=130)
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     assert __doc__ is not None
@@ -155,15 +204,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = lines_of(files)
             if not lines:
                 continue
+            benchmarks = [benchmark for file in files for benchmark in file["benchmarks"]]
             rows = [
                 row
-                for file in files
-                for benchmark in file["benchmarks"]
+                for benchmark in benchmarks
                 for row in benchmark.get("extra_info", {}).get("rows", [])
             ]
             ceilings(lines, folder / "ceilings.png")
             others(lines, folder / "others.png")
             memory(rows, folder / "memory.png")
+            iteration(benchmarks, folder / "iteration.png")
     return 0
 
 

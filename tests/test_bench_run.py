@@ -226,9 +226,16 @@ def test_plots(tmp_path: Path) -> None:
         [row("cpu", 1.0, shape="N=256 H=8 V=9", **head)],
         [row("cpu", 2.0, shape="N=512 H=8 V=9", **head)],
     )
-    (folder / "a.json").write_text(text)
+    run = json.loads(text)
+    run["benchmarks"][0]["extra_info"]["phases"] = {
+        "ours": {"seconds": 4.0, "collect: sample": 1.0, "update value": 2.5},
+        "TRL 1.12": {"seconds": 12.0, "sample": 3.0},
+        "bare products": {"sample": 0.5, "reference": 0.5, "update policy": 1.0},
+        "work": {"products": 9},
+    }
+    (folder / "a.json").write_text(json.dumps(run))
     assert plots.main(["--results", str(tmp_path)]) == 0
-    for name in ("ceilings", "others", "memory"):
+    for name in ("ceilings", "others", "memory", "iteration"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (folder / "a.json").write_text("{")
     assert plots.main(["--results", str(tmp_path)]) == 2
