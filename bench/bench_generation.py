@@ -7,8 +7,8 @@ temperature 1, prompts of 32 tokens that are all different, response lengths dra
 (geometric, mean 48, at most 128), the end forced there on all sides. All variants do the same
 useful work, so the ratio of their times is that of useful tokens per second; TFLOP/s counts two
 operations a weight and useful token, of the prompts too. The ceiling is the decode steps' matrix
-products alone, with as many rows as are alive at each step, into outputs made beforehand: in rows
-as torch has them, and in oneDNN's blocks.
+products alone, with as many rows as are alive at each step, into outputs made beforehand by torch;
+beside them those of weights packed as in our own steps (fastrlhf/generation/products.py).
 
 On a GPU, the time of a decode step of models of 1.2G and 6.7G parameters in bf16 is set beside what
 a copy as large as the weights and the keys and values that it reads takes: 64 sequences of 256
@@ -166,7 +166,7 @@ def products(model: LlamaForCausalLM, lengths: list[int], *, packed: bool) -> An
         ]
     inputs = [torch.randn(n, g[0].in_features, device=DEVICE, dtype=DTYPE) for g in groups]
     if packed:
-        blocked = [Product(group, packed=True, rows=n) for group in groups]
+        by_layout = [Product(group, packed=True, rows=n) for group in groups]
     else:
         weights = [torch.cat([m.weight for m in group]).t() for group in groups]
         outputs = [torch.empty(n, w.shape[1], device=DEVICE, dtype=DTYPE) for w in weights]
@@ -176,7 +176,7 @@ def products(model: LlamaForCausalLM, lengths: list[int], *, packed: bool) -> An
         for rows, steps in alive.items():
             for _ in range(steps):
                 if packed:
-                    for x, product in zip(inputs, blocked, strict=True):
+                    for x, product in zip(inputs, by_layout, strict=True):
                         product(x[:rows])
                 else:
                     for x, w, out in zip(inputs, weights, outputs, strict=True):
@@ -210,7 +210,7 @@ def test_generation(compare, size: str, n: int) -> None:
     }
     ceilings = {"products alone": products(model, lengths, packed=False)}
     if packs(model.lm_head.weight):
-        ceilings["products alone, in blocks"] = products(model, lengths, packed=True)
+        ceilings["products alone, packed"] = products(model, lengths, packed=True)
     compare(
         "generation",
         variants,

@@ -9,7 +9,7 @@ memory of forward + backward includes the gradients, 4 H (N + V) bytes in fp32.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
+@cache  # compiled ones serve all cases
 def functions() -> dict:
     found = {
         name: lambda h, w, y, name=name: linear_logprobs(h, w, y, backend=name)

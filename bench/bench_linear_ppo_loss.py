@@ -9,7 +9,7 @@ The other heads get the loss by PyTorch's operations. Peak memory includes the g
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ def recomputing(h: Tensor, w: Tensor, y: Tensor, old: Tensor, A: Tensor, backend
     return policy_loss(logprobs, old, A, backend=backend)[0] - ENTROPY_COEF * entropy.mean()
 
 
+@cache  # compiled ones serve all cases
 def functions() -> dict:
     found = {
         name: lambda *args, name=name: linear_ppo_loss(

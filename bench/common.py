@@ -35,6 +35,7 @@ L2_FLUSH_BYTES = 1 << 30
 COPY_BYTES = 256 << 20  # a longer copy is no faster
 ROUNDS = 15
 LEAST_ROUNDS = 5  # of our own variants and of ceilings; the others' least is one
+LONG = 10.0  # seconds of rounds past which three are enough of these
 SLOW = 5.0  # seconds of a peer's first call past which it counts and is the only one: rounds is 1
 SECONDS = 1.0  # of a variant's rounds: past it, none begins beyond the least
 
@@ -131,7 +132,8 @@ def interleave(
     """Seconds of every call, all of them warm: round after round, each once, after `pause`.
 
     A call that has taken SECONDS sits out the later rounds, but not before the first `least`, those
-    in `steady` ("cpu" and "cpu, ..." alike) LEAST_ROUNDS: slow peers need not be known as exactly.
+    in `steady` ("cpu" and "cpu, ..." alike) LEAST_ROUNDS, or three of them after LONG: slow peers
+    need not be known as exactly.
     """
     flush = (
         torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if DEVICE == "cuda" else None
@@ -139,7 +141,9 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
         for name, call in calls.items():
-            at_least = LEAST_ROUNDS if name.split(",")[0] in steady else least
+            at_least = least
+            if name.split(",")[0] in steady:
+                at_least = LEAST_ROUNDS if sum(times[name]) < LONG else 3
             if i < at_least or sum(times[name]) < SECONDS:
                 time.sleep(pause)
                 times[name].append(time_once(call, flush))

@@ -1,6 +1,7 @@
 """`fastrlhf bench`: the benchmarks of the source tree's bench/ folder.
 
     fastrlhf bench                     # all of them, results and plots, README's tables
+    fastrlhf bench --rest              # those that the last run at this commit had no time for
     fastrlhf bench gae whiten          # these
     fastrlhf bench --no-peers --out /tmp/results
 
@@ -41,7 +42,10 @@ class BenchConfig:
     not say so."""
 
     seconds: float = 800.0
-    """Begin no benchmark after this many seconds; those that fit least come last."""
+    """Begin no benchmark after this many seconds; the most important come first."""
+
+    rest: bool = False
+    """Leave out what has been measured at this commit: a slow machine takes a second run."""
 
     out: Path | None = None
     """The folder for <machine>/<name>.json and plots; by default bench/results, and then README's
@@ -64,7 +68,7 @@ def run(config: BenchConfig) -> None:
     if not (FOLDER / "run.py").is_file():
         raise UserError("fastrlhf bench: the benchmarks are in the source tree, which is not here")
     where = [] if config.out is None else ["--results", str(config.out.expanduser().absolute())]
-    flags = [] if config.peers else ["--no-peers"]
+    flags = ([] if config.peers else ["--no-peers"]) + (["--rest"] if config.rest else [])
     status = _script("run.py", *config.ops, *flags, *where, "--seconds", str(config.seconds))
     steps = [("plots.py", where)] + ([("report.py", [])] if config.out is None else [])
     for script, arguments in steps:

@@ -121,11 +121,13 @@ def test_memory_alone() -> None:
 
 def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "SECONDS", 0.0)
-    times = common.interleave({"cpu": lambda: None, "peer": lambda: None}, 15)
-    assert {name: len(found) for name, found in times.items()} == {
-        "cpu": common.LEAST_ROUNDS,
-        "peer": 1,
-    }
+    calls = {"cpu": lambda: None, "peer": lambda: None}
+    times = common.interleave(calls, 15)
+    counts = {name: len(found) for name, found in times.items()}
+    assert counts == {"cpu": common.LEAST_ROUNDS, "peer": 1}
+    monkeypatch.setattr(common, "LONG", 0.0)
+    counts = {name: len(found) for name, found in common.interleave(calls, 15).items()}
+    assert counts == {"cpu": 3, "peer": 1}
     assert common.quartiles(times["peer"]) == (times["peer"][0],) * 3
 
 
@@ -148,12 +150,39 @@ def test_run_keeps_results(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "measured: shape_rewards" in first.stdout
     kept = (tmp_path / "here" / "shape_rewards.json").read_text()
+    assert json.loads(kept)["left_out"] == 0
     rows = [r for b in json.loads(kept)["benchmarks"] for r in b["extra_info"]["rows"]]
     assert {r["variant"] for r in rows} >= {"cpu", "PyTorch"}
     second = benchmarks("--seconds", "0")
     assert second.returncode == 3
     assert "not begun: shape_rewards" in second.stdout
+    assert "--rest goes on with these" in second.stdout
     assert (tmp_path / "here" / "shape_rewards.json").read_text() == kept
+    third = benchmarks("--rest")
+    assert third.returncode == 0
+    assert "measured before: shape_rewards" in third.stdout
+    assert (tmp_path / "here" / "shape_rewards.json").read_text() == kept
+
+
+def test_the_rest_is_what_has_no_result_of_this_commit(tmp_path: Path) -> None:
+    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    path = tmp_path / "whiten.json"
+    assert not run.measured_now(path)
+    for text, now in ((commit, True), ("0" * 40, False)):
+        path.write_text(json.dumps({"commit_info": {"id": text}}))
+        assert run.measured_now(path) == now
+    path.write_text(json.dumps({"commit_info": {"id": commit}, "left_out": 1}))
+    assert not run.measured_now(path)
+    path.write_text("{")
+    assert not run.measured_now(path)
+
+
+def test_results_that_time_has_cut_short_replace_no_whole_ones(tmp_path: Path) -> None:
+    path = tmp_path / "whiten.json"
+    for left_out, kept in ((2, 2), (1, 1), (0, 0), (3, 0), (0, 0)):
+        run.keep({"left_out": left_out}, path)
+        assert json.loads(path.read_text()) == {"left_out": kept}
 
 
 def test_run_refuses_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
