@@ -143,25 +143,31 @@ def seconds_of(phases: dict[str, list[Product]], operands: Operands) -> dict[str
 
 
 class Timer:
-    """Times products in a process of its own, which sleeps in between."""
+    """Times products in a process of its own, begun by the first call, which sleeps in between."""
+
+    process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Timer:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
         return self
 
     def __call__(self, lengths: Lengths) -> dict[str, float]:
         """Seconds of each phase of an iteration with these lengths."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(lengths) + "\n")
         self.process.stdin.flush()
-        found: dict[str, float] = json.loads(self.process.stdout.readline())
+        if not (line := self.process.stdout.readline()):
+            raise RuntimeError("the process that times bare products has ended")
+        found: dict[str, float] = json.loads(line)
         return found
 
     def __exit__(self, *_: object) -> None:
-        self.process.communicate()
+        if self.process is not None:
+            self.process.communicate()
 
 
 def main() -> None:

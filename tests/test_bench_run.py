@@ -289,10 +289,12 @@ def test_bare_products_are_those_of_a_model() -> None:
 
 def test_bare_products_are_timed_in_a_process_of_their_own() -> None:
     with bare_products.Timer() as timer:
+        assert timer.process is None  # not begun for nothing
         for lengths in [(5, 3), (2, 1)], [(4, 4)]:
             seconds = timer(lengths)
             assert seconds.keys() == bare_products.needed(lengths).keys()
             assert all(s > 0 for s in seconds.values())
+    assert timer.process is not None
     assert timer.process.returncode == 0
 
 
